@@ -1,0 +1,62 @@
+# make train     the quickstart: environment, data, training, on any machine with Python 3.11 or newer
+# make test      everything that CI checks, without a GPU
+# make test-gpu  the tests that need a CUDA GPU
+# make docs-test every command of README.md and docs/
+# make lint, make format, make clean
+#
+# Variables:
+#   PYTHON=python3.12          interpreter for .venv (default: the first of python3, python3.12, python3.11 that fits)
+#   EXTRAS=dev,gpu             extras of pyproject.toml to install (default: dev)
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+#                              read by pip: the CPU build of torch instead of PyPI's, which brings several GB of CUDA
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := train
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+EXTRAS ?= dev
+comma := ,
+STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+CODE := kernels qsparse_layers moe pipeline launch tests benchmarks
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: env train test test-gpu docs-test lint format clean
+
+env: $(STAMP)
+
+# pip gets its own retries: a registry's hiccup should not fail a first `make train`.
+$(STAMP): pyproject.toml constraints.txt
+	@PYTHON="$(PYTHON)" bash .ci/make-venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+train: env
+	qsparse data prepare --source stdlib --output data/stdlib
+	qsparse train configs/quickstart.yaml
+
+test: lint
+	pytest
+
+test-gpu: env
+	pytest -m gpu
+
+docs-test: env
+	pytest -m docs tests/docs
+
+lint: env
+	ruff check $(CODE)
+	ruff format --check $(CODE)
+	mypy
+	lint-imports
+
+format: env
+	ruff check --fix $(CODE)
+	ruff format $(CODE)
+
+# Keeps runs/ and data/: they may hold days of work.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,111 @@
+"""`qsparse train`, `generate` and `evaluate`: check the configuration here, then start `pipeline.*` as processes.
+
+The configuration is loaded before anything is started, so a mistake in it is one message of one process and not the
+same traceback from every rank.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.arguments import OVERRIDES_HELP, split_overrides
+from launch.local import inside_torchrun, run_local
+from pipeline.config import Config
+from pipeline.config_loader import load_config
+from pipeline.run_directory import RunDirectory
+
+_TRAIN_EPILOG = """\
+Starts tp * pp * cp * dp processes on this machine; inside torchrun it becomes one rank of it.  The same command
+resumes a run.  Ctrl-C or SIGTERM: save and stop.
+
+examples:
+  qsparse train configs/quickstart.yaml
+  qsparse train configs/qsparse.yaml model.qsparse.sparsity=0.5 run.name=half
+  qsparse train configs/quickstart.yaml --nproc 4                    (data parallel size 2)
+  torchrun --nnodes 2 --nproc-per-node 8 ... -m launch train configs/gpt_7b.yaml parallel.dp=4
+"""
+_GENERATE_EPILOG = """\
+Further options go to pipeline.generate.
+
+example:
+  qsparse generate runs/quickstart --prompt "def main(" --tokens 64
+"""
+_EVALUATE_EPILOG = """\
+Further options go to pipeline.evaluate.
+
+example:
+  qsparse evaluate runs/quickstart
+"""
+
+
+def add_run_parsers(commands: Any) -> None:
+    """Add the commands that start ranks to the subparsers of `qsparse`."""
+    train = _add_command(commands, "train", "train or resume the run of a configuration file", _TRAIN_EPILOG)
+    train.add_argument("config", type=Path, metavar="CONFIG", help="configuration file (YAML)")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES_HELP)
+    train.set_defaults(run=_train)
+    generate = _add_command(commands, "generate", "continue a prompt with the model of a run", _GENERATE_EPILOG)
+    generate.add_argument(
+        "run_directory", type=Path, metavar="RUN_DIR", help="directory of the run, e.g. runs/quickstart"
+    )
+    generate.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    generate.add_argument("--tokens", type=int, metavar="N", help="tokens to generate")
+    generate.set_defaults(run=_generate)
+    evaluate = _add_command(commands, "evaluate", "held-out loss and benchmarks of a run", _EVALUATE_EPILOG)
+    evaluate.add_argument(
+        "run_directory", type=Path, metavar="RUN_DIR", help="directory of the run, e.g. runs/quickstart"
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_command(commands: Any, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    nproc_help = "processes on this machine; absent: tp * pp * cp * dp of the configuration"
+    parser.add_argument("--nproc", type=int, metavar="N", help=nproc_help)
+    parser.set_defaults(rest=[])
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    files, overrides = split_overrides([*arguments.overrides, *arguments.rest])
+    if files:
+        raise ValueError(f"one CONFIG and overrides of the form KEY=VALUE are expected, got also {str(files[0])!r}")
+    config = load_config(arguments.config, overrides)
+    return _start("pipeline.train", [str(arguments.config), *overrides], config, arguments.nproc)
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    options = ["--prompt", arguments.prompt]
+    if arguments.tokens is not None:
+        options += ["--tokens", str(arguments.tokens)]
+    return _start_on_run("pipeline.generate", [*options, *arguments.rest], arguments)
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    return _start_on_run("pipeline.evaluate", arguments.rest, arguments)
+
+
+def _start_on_run(module: str, options: Sequence[str], arguments: argparse.Namespace) -> int:
+    run = RunDirectory(arguments.run_directory)
+    if not run.config.is_file():
+        raise ValueError(f"{run.path} is not the directory of a run: it has no {run.config.name}")
+    return _start(module, [str(run.path), *options], load_config(run.config), arguments.nproc)
+
+
+def _start(module: str, options: Sequence[str], config: Config, num_processes: int | None) -> int:
+    if inside_torchrun():
+        os.execv(sys.executable, [sys.executable, "-m", module, *options])
+    if num_processes is None:
+        num_processes = config.local_world_size
+    config.check_world_size(num_processes)
+    return run_local(module, options, config, num_processes)

@@ -1,0 +1,1 @@
+"""Data, model, training loop, checkpoints and tracking of one run."""

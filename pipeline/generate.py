@@ -1,0 +1,89 @@
+"""Generate text with a trained model: `qsparse generate RUN_DIR --prompt TEXT`.
+
+Every token is one forward pass over the whole context, without a key/value cache, so that it works unchanged under
+every layout.  It is meant for looking at a run, not for serving.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
+from pipeline.run_entry import open_run, run_ranks
+
+if TYPE_CHECKING:
+    from pipeline.engine import Engine
+
+
+def generate(
+    engine: "Engine",
+    tokenizer: TextTokenizer,
+    prompt: str,
+    num_tokens: int,
+    *,
+    seq_length: int,
+    device: torch.device,
+    temperature: float = 0.8,
+    seed: int = 0,
+) -> str:
+    """Continue `prompt` by `num_tokens` tokens; collective, the same text on every rank.
+
+    Args:
+        engine: the model.
+        tokenizer: the dataset's.
+        prompt: text to continue; its last `seq_length` tokens are what the model sees.
+        num_tokens: tokens to add.
+        seq_length: longest context.
+        device: the rank's.
+        temperature: softmax temperature; 0 takes the most likely token.
+        seed: of the draws.
+    """
+    ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(num_tokens):
+        context = ids[-seq_length:]
+        tokens = torch.zeros(1, seq_length, dtype=torch.int64, device=device)  # padding follows: causal, never seen
+        tokens[0, : len(context)] = torch.tensor(context)
+        logits = engine.logits(tokens)[0, len(context) - 1, : tokenizer.vocab_size].double().cpu()
+        token = _draw(logits, temperature, generator).to(device)
+        dist.broadcast(token, 0)  # ranks may differ in the last bit of a logit
+        ids.append(int(token))
+    return tokenizer.decode(ids)
+
+
+def _draw(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
+    if temperature == 0.0:
+        return logits.argmax()
+    return torch.multinomial(torch.softmax(logits / temperature, dim=0), 1, generator=generator)[0]
+
+
+def main() -> None:
+    """Load the newest checkpoint of a run and print a continuation."""
+    parser = argparse.ArgumentParser(prog="qsparse generate", description="Continue a prompt with a trained model.")
+    parser.add_argument("run_dir", type=Path, help="run directory")
+    parser.add_argument("--prompt", default="def ", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    options = parser.parse_args()
+    run_ranks(lambda: _continue(options))
+
+
+def _continue(options: argparse.Namespace) -> None:
+    with open_run(options.run_dir) as run:
+        text = generate(
+            *(run.learner.engine, load_tokenizer(run.val_data.tokenizer_path), options.prompt, options.tokens),
+            seq_length=run.config.training.seq_length,
+            device=run.world.device,
+            temperature=options.temperature,
+            seed=options.seed,
+        )
+        if run.world.is_main:
+            print(text)
+
+
+if __name__ == "__main__":
+    main()

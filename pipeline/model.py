@@ -1,0 +1,241 @@
+"""From configuration to model chunks: megatron-core's GPT with our linear layers, and weights that no layout changes.
+
+The layer specification is built from megatron-core's public pieces around `QSparseMoESpecProvider`.  Embedding, output
+layer and router do not come from it: they stay dense.
+
+Initial weights are drawn per matrix from a generator seeded by (seed, path in the whole model), as the whole matrix,
+of which each rank keeps its shard: TP, PP, EP and VPP give the same model bit for bit, which megatron-core's own
+initialization does not.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.activations import squared_relu
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+from torch import Tensor
+from torch.nn import Module
+
+from moe.spec import QSparseMoESpecProvider
+from pipeline.config import Config, ModelConfig
+from qsparse_layers.rules import ConfiguredLayer, configure_layers, global_paths
+from qsparse_layers.schedules import Schedule
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Model:
+    """The chunks of the model that this rank holds (one, or `vpp` under the interleaved schedule)."""
+
+    chunks: list[Module]
+    config: TransformerConfig
+    layers: list[ConfiguredLayer]
+    """Q-Sparse linear layers of this rank."""
+    schedule: Schedule
+    """Warm-up state shared by all of them."""
+
+
+def build_model(config: Config, vocab_size: int) -> Model:
+    """Build, configure and initialize this rank's model chunks; parallel state must be initialized.
+
+    Args:
+        config: the run.
+        vocab_size: token ids of the dataset's tokenizer, before padding.
+    """
+    transformer = transformer_config(config)
+    schedule = Schedule(config.model.qsparse)
+    stages = range(config.parallel.vpp) if config.parallel.vpp > 1 else [None]
+    chunks = [_build_chunk(config, transformer, vocab_size, stage) for stage in stages]
+    layers = [layer for chunk in chunks for layer in _configure(chunk, config.model, schedule)]
+    for chunk in chunks:
+        initialize_weights(chunk, config)
+    if config.training.precision == "bf16":
+        chunks = [Float16Module(transformer, chunk) for chunk in chunks]
+    return Model(chunks, transformer, layers, schedule)
+
+
+def unwrap(chunk: Module) -> GPTModel:
+    """The GPT model inside data-parallel and precision wrappers."""
+    while not isinstance(chunk, GPTModel):
+        chunk = chunk.module
+    return chunk
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """megatron-core's configuration of the same model and layout."""
+    model, parallel, training = config.model, config.parallel, config.training
+    dtype = DTYPES[training.precision]
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.query_groups,
+        kv_channels=model.head_size,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        hidden_dropout=model.dropout,
+        attention_dropout=model.dropout,
+        gated_linear_unit=model.activation != "relu2",
+        activation_func=torch.nn.functional.silu if model.activation == "swiglu" else squared_relu,
+        tensor_model_parallel_size=parallel.tp,
+        pipeline_model_parallel_size=parallel.pp,
+        virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
+        context_parallel_size=parallel.cp,
+        expert_model_parallel_size=parallel.ep,
+        expert_tensor_parallel_size=parallel.etp or parallel.tp,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=training.precision == "bf16",
+        deterministic_mode=config.run.deterministic,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        batch_p2p_comm=parallel.vpp == 1,
+        **_recompute_options(training.recompute),
+        **_moe_options(model),
+    )
+
+
+def _recompute_options(recompute: str) -> dict[str, Any]:
+    if recompute == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    if recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
+def _moe_options(model: ModelConfig) -> dict[str, Any]:
+    if model.moe is None:
+        return {}
+    return {
+        "num_moe_experts": model.moe.num_experts,
+        "moe_router_topk": model.moe.top_k,
+        "moe_ffn_hidden_size": model.moe.ffn_hidden_size or model.ffn_hidden_size,
+        "moe_layer_freq": model.moe.layer_frequency,
+        "moe_token_dispatcher_type": model.moe.dispatcher,
+        "moe_router_load_balancing_type": "aux_loss" if model.moe.aux_loss_coeff else "none",
+        "moe_aux_loss_coeff": model.moe.aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe.z_loss_coeff or None,
+        "moe_router_dtype": "fp32",
+    }
+
+
+def _build_chunk(config: Config, transformer: TransformerConfig, vocab_size: int, stage: int | None) -> GPTModel:
+    where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
+    return GPTModel(
+        config=transformer,
+        transformer_layer_spec=block_spec(transformer, config.model, stage),
+        vocab_size=config.model.padded_vocab_size(config.model.vocab_size or vocab_size),
+        max_sequence_length=config.training.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        parallel_output=True,
+        share_embeddings_and_output_weights=config.model.tie_embeddings,
+        position_embedding_type="rope",
+        rotary_base=config.model.rope_theta,
+        vp_stage=stage,
+    )
+
+
+def block_spec(transformer: TransformerConfig, model: ModelConfig, stage: int | None) -> TransformerBlockSubmodules:
+    """The layers of one chunk; given as block submodules so that the final norm is ours, too."""
+    provider = QSparseMoESpecProvider()
+    norm = provider.layer_norm(rms_norm=True)
+    attention = ModuleSpec(
+        module=SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal},
+        submodules=SelfAttentionSubmodules(
+            linear_qkv=provider.column_parallel_linear(),
+            core_attention=provider.core_attention(),
+            linear_proj=provider.row_parallel_linear(),
+        ),
+    )
+
+    def layer(num_experts: int | None) -> ModuleSpec:
+        return ModuleSpec(
+            module=TransformerLayer,
+            submodules=TransformerLayerSubmodules(
+                input_layernorm=norm,
+                self_attention=attention,
+                self_attn_bda=get_bias_dropout_add,
+                pre_mlp_layernorm=norm,
+                mlp=get_mlp_module_spec_for_backend(backend=provider, num_experts=num_experts, moe_grouped_gemm=False),
+                mlp_bda=get_bias_dropout_add,
+            ),
+        )
+
+    dense, sparse = layer(None), layer(model.moe.num_experts) if model.moe else None
+    first = get_transformer_layer_offset(transformer, vp_stage=stage)
+    numbers = range(first, first + get_num_layers_to_build(transformer, vp_stage=stage))
+    specs = [sparse if sparse and number % model.moe.layer_frequency == 0 else dense for number in numbers]  # type: ignore[union-attr]
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
+
+
+def _configure(chunk: GPTModel, model: ModelConfig, schedule: Schedule) -> list[ConfiguredLayer]:
+    return configure_layers(
+        chunk,
+        model.qsparse,
+        schedule,
+        queries_per_group=model.num_attention_heads // model.query_groups,
+        head_dim=model.head_size,
+        gated=model.activation != "relu2",
+    )
+
+
+@torch.no_grad()
+def initialize_weights(chunk: GPTModel, config: Config) -> None:
+    """Normal(0, init_std) matrices, residual output projections divided by sqrt(2 num_layers), unit gains."""
+    output_std = config.model.init_std / math.sqrt(2 * config.model.num_layers)
+    for path, module in global_paths(chunk):
+        weight = module._parameters.get("weight")
+        if weight is None or weight.dim() != 2:
+            continue
+        is_residual_output = path.endswith(("linear_proj", "linear_fc2"))
+        weight.copy_(_draw(path, module, weight, output_std if is_residual_output else config.model.init_std, config))
+
+
+def _draw(path: str, module: Module, weight: Tensor, std: float, config: Config) -> Tensor:
+    """This rank's shard of the matrix that belongs to `path`, float32."""
+    if path == "output_layer" and config.model.tie_embeddings:
+        path = "embedding.word_embeddings"
+    digest = hashlib.blake2b(f"{config.run.seed}/{path}".encode(), digest_size=8).digest()
+    generator = torch.Generator(weight.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+    def whole(rows: int, columns: int) -> Tensor:
+        return torch.normal(0.0, std, (rows, columns), generator=generator, device=weight.device)
+
+    if path.endswith("router"):
+        return whole(*weight.shape)
+    group = getattr(module, "tp_group", None)
+    rank, size = (group.rank(), group.size()) if group is not None else (0, 1)
+    if path.endswith(("linear_proj", "linear_fc2")):  # sharded over input features
+        columns = weight.shape[1]
+        return whole(weight.shape[0], columns * size)[:, rank * columns : (rank + 1) * columns]
+    halves = 2 if path.endswith("linear_fc1") and config.model.activation != "relu2" else 1  # gate and up
+    rows = weight.shape[0] // halves
+    parts = [whole(rows * size, weight.shape[1])[rank * rows : (rank + 1) * rows] for _ in range(halves)]
+    return torch.cat(parts)
+

@@ -1,0 +1,243 @@
+"""What a run tells people and files, on rank 0; on every other rank the same calls do nothing.
+
+Order matters: a record goes to metrics.jsonl first, then to the tracker's queue and to the console.
+"""
+
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from pipeline.batches import BatchReader
+from pipeline.config import Config
+from pipeline.config_layers import linear_layers, matching_rule
+from pipeline.config_loader import differences, dump_config
+from pipeline.console import RunConsole, Summary, perplexity
+from pipeline.environment import describe_environment
+from pipeline.figures import plot_run
+from pipeline.learner import StepResult
+from pipeline.metrics import MetricsLog, layer_metric
+from pipeline.run_directory import RunDirectory, RunState
+from pipeline.sizes import flops_per_token, memory_estimate, model_size, peak_flops
+from pipeline.start_screen import ParallelGrid, StartScreen, group_layers
+from pipeline.tracking import STATUS_OF_STATE, make_tracker
+from pipeline.world import World
+from qsparse_layers.config import LinearFormat, apply_rule
+from qsparse_layers.stats import LayerSparsity, model_sparsity
+
+
+class Reporter:
+    """Records one start of a run.
+
+    Args:
+        config: the run.
+        world: this process's place in the layout; all ranks but 0 stay silent.
+        directory: where everything goes.
+        vocab_size: token ids of the tokenizer.
+        step: optimizer steps done before this start.
+    """
+
+    def __init__(self, config: Config, world: World, directory: RunDirectory, vocab_size: int, step: int) -> None:
+        self.config, self.world, self.directory = config, world, directory
+        self.vocab_size, self.first_step, self.step_done = vocab_size, step, step
+        self._tokens_per_step = config.training.global_batch_size * config.training.seq_length
+        self._started = self._last_time = time.perf_counter()
+        self._last_step = step
+        self._val_loss: float | None = None
+        self._sample = ""
+        self._state: tuple[RunState, str] = ("failed", "the process ended without saying why")
+        self._metrics: MetricsLog | None = None
+        if world.is_main:
+            environment = describe_environment()
+            directory.create(dump_config(config), environment)
+            directory.write_status("running", step, "resumed" if step else "started")
+            self._metrics = MetricsLog(directory.metrics)
+            self._metrics.rewind(step)
+        tags = {key: str(value) for key, value in describe_environment().items()} if world.is_main else {}
+        self._tracker = make_tracker(config, directory, rank=world.rank, tags=tags)
+        self._console = RunConsole(config.training.steps, rank=world.rank, log_file=directory.log(0))
+
+    def start(self, num_weights: Mapping[str, int], windows_per_epoch: int) -> None:
+        """Print the start-up screen.
+
+        Args:
+            num_weights: weights of each projection, by path.
+            windows_per_epoch: training windows of the dataset.
+        """
+        if self.world.is_main:
+            self._console.start(self._screen(num_weights, windows_per_epoch))
+            self._tracker.wait_ready()
+        self._started = self._last_time = time.perf_counter()
+
+    def is_logged(self, step: int) -> bool:
+        """Whether the step that ends at `step` is recorded."""
+        return step == 1 or step % self.config.tracking.log_interval == 0 or step == self.config.training.steps
+
+    def advance(self, step: int) -> None:
+        """Note that `step` optimizer steps are done."""
+        self.step_done = step
+        self._console.advance(step)
+
+    def step(self, step: int, result: StepResult, layers: list[LayerSparsity], reader: BatchReader) -> None:
+        """Record a logged step; `layers` is the measured sparsity of its forward passes."""
+        now = time.perf_counter()
+        steps = max(1, step - self._last_step)
+        seconds = (now - self._last_time) / steps
+        waited, reader.wait_seconds = reader.wait_seconds / steps, 0.0
+        self._last_time, self._last_step = now, step
+        if not self.world.is_main:
+            return
+        sparsity, ternary_zeros = model_sparsity(layers)
+        total = model_size(self.config, self.vocab_size)
+        record = {
+            "train/loss": result.loss,
+            "train/grad_norm": result.grad_norm,
+            "train/lr": result.lr,
+            "train/weight_decay": result.weight_decay,
+            "train/tokens": float(step * self._tokens_per_step),
+            "perf/step_seconds": seconds,
+            "perf/tokens_per_second": self._tokens_per_step / seconds,
+            "perf/data_wait_seconds": waited,
+            "mem/peak_bytes": float(_peak_bytes(self.world)),
+            "qsparse/sparsity": sparsity,
+            "qsparse/ternary_zeros": ternary_zeros,
+            "qsparse/activated_parameters": total.active_projections * (1 - sparsity),
+            **self._utilization(seconds),
+        }
+        for layer in layers:
+            record[layer_metric(layer.path, "sparsity")] = layer.sparsity
+            record[layer_metric(layer.path, "ternary_zeros")] = layer.ternary_zeros
+        self._write(record, step)
+        self._console.step(step, record)
+
+    def evaluation(self, step: int, loss: float, seconds: float) -> None:
+        """Record a held-out loss; its time does not count as training time."""
+        self._val_loss = loss
+        self._last_time += seconds
+        if self.world.is_main:
+            self._write({"val/loss": loss, "val/perplexity": perplexity(loss)}, step)
+            self._console.evaluation(step, loss, seconds)
+
+    def checkpoint(self, step: int, folder: Path, seconds: float) -> None:
+        """Record a complete checkpoint; its time does not count as training time."""
+        self._last_time += seconds
+        if self.world.is_main:
+            self.directory.write_status("running", step, "checkpoint written", checkpoint=str(folder))
+            self._console.checkpoint(step, folder, seconds)
+
+    def completed(self, step: int, loss: float, sample: str) -> None:
+        """All steps are done."""
+        self._val_loss, self._sample = loss, sample
+        self._state = ("completed", f"all {step} steps done")
+        if self.world.is_main and sample:
+            self.directory.sample(step).write_text(sample)
+
+    def stopped(self, step: int, signal_name: str) -> None:
+        """The run saved and ends early; the same command resumes it."""
+        self._state = ("stopped", f"{signal_name}: saved at step {step}, the same command resumes")
+
+    def failed(self, error: BaseException) -> None:
+        """The run ends with an error."""
+        self._state = ("failed", f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Draw the figures, finish tracking, write the final status and the last panel."""
+        if not self.world.is_main:
+            return
+        state, reason = self._state
+        assert self._metrics is not None
+        self._metrics.close()
+        if self.directory.metrics.stat().st_size:
+            plot_run(self.directory.metrics, self.directory.figures)
+        self.directory.write_status(state, self.step_done, reason)
+        undelivered = self._tracker.close(STATUS_OF_STATE[state])
+        self._console.finish(
+            Summary(
+                state=state,
+                reason=reason,
+                step=self.step_done,
+                tokens=(self.step_done - self.first_step) * self._tokens_per_step,
+                seconds=time.perf_counter() - self._started,
+                vocab_size=self.vocab_size,
+                run_directory=self.directory.path,
+                val_loss=self._val_loss,
+                sample=self._sample,
+                tracking=self._tracker.location,
+                undelivered=undelivered,
+            )
+        )
+        self._console.close()
+
+    def _write(self, record: dict[str, float], step: int) -> None:
+        assert self._metrics is not None
+        self._tracker.log(record, step, time_ms=self._metrics.write(record, step))
+
+    def _utilization(self, seconds: float) -> dict[str, float]:
+        """Dense-equivalent model FLOP/s over the devices' bf16 peak, where the peak is known."""
+        if self.world.device.type != "cuda":
+            return {}
+        peak = peak_flops(torch.cuda.get_device_name())
+        if peak is None:
+            return {}
+        rate = flops_per_token(self.config, self.vocab_size) * self._tokens_per_step / seconds
+        return {"perf/mfu_dense_bf16": rate / (peak * self.world.size)}
+
+    def _screen(self, num_weights: Mapping[str, int], windows_per_epoch: int) -> StartScreen:
+        config, parallel = self.config, self.config.parallel
+        size = model_size(config, self.vocab_size)
+        formats = _formats(config)
+        kept = sum(count * (1 - formats[path].sparsity) for path, count in num_weights.items())
+        share = kept / max(1, sum(num_weights.values()))
+        return StartScreen(
+            title=f"qsparse: {config.run.name}",
+            changes=differences(config),
+            grid=ParallelGrid(
+                num_layers=config.model.num_layers,
+                tp=parallel.tp,
+                pp=parallel.pp,
+                cp=parallel.cp,
+                dp=self.world.dp_size,
+                vpp=parallel.vpp,
+                ep=parallel.ep,
+                etp=(parallel.etp or parallel.tp) if config.model.moe else 1,
+                sequence_parallel=parallel.sequence_parallel,
+            ),
+            layers=group_layers(formats),
+            parameters=size.total,
+            activated_parameters=size.active_projections * share + size.embeddings + size.other,
+            tokens_per_step=self._tokens_per_step,
+            total_steps=config.training.steps,
+            dataset=f"{config.data.path}: {windows_per_epoch:,} windows of {config.training.seq_length} tokens per epoch, "
+            f"{config.training.steps * config.training.global_batch_size / windows_per_epoch:.2f} epochs",
+            device=_describe_device(self.world, config),
+            run_directory=self.directory.path,
+            tracking=self._tracker.location,
+            memory_bytes=memory_estimate(config, self.vocab_size, self.world.dp_size),
+            resumed_step=self.first_step or None,
+        )
+
+
+def _formats(config: Config) -> dict[str, LinearFormat]:
+    """Format of every projection of the whole model, by path."""
+    rules = config.model.qsparse.rules
+    formats = {}
+    for layer in linear_layers(config.model, config.parallel):
+        index = matching_rule(rules, layer.path)
+        formats[layer.path] = apply_rule(config.model.qsparse, None if index is None else rules[index])
+    return formats
+
+
+def _peak_bytes(world: World) -> int:
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kibibytes * (1 if sys.platform == "darwin" else 1024)
+
+
+def _describe_device(world: World, config: Config) -> str:
+    name = torch.cuda.get_device_name() if world.device.type == "cuda" else f"CPU, {os.cpu_count()} cores, gloo"
+    return f"{name}; {config.training.precision}; reference kernels; torch {torch.__version__}"

@@ -1,0 +1,87 @@
+"""Parameters, operations and memory of a model from its configuration alone; no torch here.
+
+Sparsity counts projections only, as the paper does (arXiv 2407.10969 sec. 4.2): embeddings and output layer are not
+part of N.  Operations are those of the dense model, so that MFU compares sparse and dense runs by the same yardstick.
+"""
+
+from dataclasses import dataclass
+
+from pipeline.config import Config
+
+BF16_PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12, "A800": 312e12}
+"""Dense bf16 tensor-core peaks from the vendors' data sheets (SXM), by the name that the driver reports."""
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Parameter counts of the whole model."""
+
+    projections: int
+    """Linear layers of attention and FFN, all experts included."""
+    active_projections: int
+    """Those that one token visits: top-k of the experts."""
+    embeddings: int
+    """Embedding table and, if untied, output layer; padding included."""
+    other: int
+    """Norm gains and routers."""
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.projections + self.embeddings + self.other
+
+
+def model_size(config: Config, vocab_size: int) -> ModelSize:
+    """Count the parameters of the model of `config` for a tokenizer of `vocab_size` ids."""
+    model = config.model
+    heads, groups, hidden = model.num_attention_heads, model.query_groups, model.hidden_size
+    attention = hidden * model.head_size * (2 * heads + 2 * groups)
+    branches = 2 if model.activation == "relu2" else 3
+    dense = branches * hidden * model.ffn_hidden_size
+    moe_layers = 0 if model.moe is None else -(-model.num_layers // model.moe.layer_frequency)
+    expert = branches * hidden * ((model.moe.ffn_hidden_size if model.moe else None) or model.ffn_hidden_size)
+    num_experts, top_k = (model.moe.num_experts, model.moe.top_k) if model.moe else (0, 0)
+    common = model.num_layers * attention + (model.num_layers - moe_layers) * dense
+    gains = (2 * model.num_layers + 1) * hidden
+    if model.qsparse.sub_norm:
+        gains += model.num_layers * (heads * model.head_size + model.ffn_hidden_size)
+    tables = 1 if model.tie_embeddings else 2
+    return ModelSize(
+        projections=common + moe_layers * num_experts * expert,
+        active_projections=common + moe_layers * top_k * expert,
+        embeddings=tables * model.padded_vocab_size(model.vocab_size or vocab_size) * hidden,
+        other=gains + moe_layers * num_experts * hidden,
+    )
+
+
+def flops_per_token(config: Config, vocab_size: int) -> float:
+    """Operations of forward and backward per token, dense: 6 N + 12 L d s (arXiv 2204.02311 app. B)."""
+    model = config.model
+    output_layer = model.padded_vocab_size(model.vocab_size or vocab_size) * model.hidden_size
+    width = model.num_attention_heads * model.head_size
+    attention = 12 * model.num_layers * width * config.training.seq_length
+    return 6 * (model_size(config, vocab_size).active_projections + output_layer) + attention
+
+
+def memory_estimate(config: Config, vocab_size: int, dp: int) -> float:
+    """Bytes per rank of weights, gradients, Adam state and saved activations; attention kernels and caches excluded.
+
+    States: fp32 takes 16 bytes per parameter; bf16 2 for the weight, 4 for its gradient and 12 for master weight and
+    moments, which the distributed optimizer shards over `dp`.  Activations follow arXiv 2205.05198 eq. 2 without the
+    attention matrix: s b h (10 + 24 / t) two-byte values per layer, as many microbatches as the pipeline is deep.
+    """
+    model, parallel, training = config.model, config.parallel, config.training
+    width = {"fp32": 4, "bf16": 2, "fp64": 8}[training.precision]
+    sharded = 12 if width == 2 else 2 * width
+    per_parameter = (6 if width == 2 else 2 * width) + sharded / (dp if parallel.distributed_optimizer else 1)
+    states = model_size(config, vocab_size).total / (parallel.tp * parallel.pp) * per_parameter
+    tokens = training.seq_length * training.micro_batch_size / parallel.cp
+    shared = 10 / parallel.tp if parallel.sequence_parallel else 10
+    per_layer = tokens * model.hidden_size * (shared + 24 / parallel.tp) * width
+    layers = model.num_layers if training.recompute != "full" else model.num_layers * 2 / 34
+    return states + per_layer * layers
+
+
+def peak_flops(device_name: str) -> float | None:
+    """Dense bf16 peak of one device in FLOP/s, or None if unknown."""
+    return next((peak for name, peak in BF16_PEAK_FLOPS.items() if name in device_name), None)

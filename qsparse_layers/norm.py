@@ -1,0 +1,75 @@
+"""RMSNorm that works under sequence parallelism, and over features that are sharded over ranks.
+
+megatron-core's torch norm refuses sequence parallelism and its others need Transformer Engine or Apex.  The sharded
+form is BitNet's SubLN in front of a row-parallel layer: every rank holds D / TP features of each token, so the mean
+square is a sum over ranks.  Both compute in float32 (float64 for float64 inputs) and round once.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsparse_layers.selection import group_size
+
+
+class RMSNorm(torch.nn.Module):
+    """y = x / sqrt(mean(x^2) + eps) * gain, with the constructor that megatron-core's layer specs call.
+
+    The gain is marked `sequence_parallel`: with a sharded sequence its gradient is summed over the TP group.
+    """
+
+    returns_residual = False
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
+        self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden_size] -> the same shape and type."""
+        return rms_norm(x, self.weight, x.shape[-1], self.eps, None)
+
+
+def sharded_rms_norm(
+    x: Tensor, gain: Tensor, num_features: int, eps: float, group: dist.ProcessGroup | None
+) -> Tensor:
+    """RMSNorm over `num_features` features of which this rank holds x.shape[-1].
+
+    Args:
+        x: [..., num_features / ranks].
+        gain: [num_features / ranks].
+        num_features: features of the whole row.
+        eps: added to the mean square.
+        group: ranks that share the row.
+    """
+    return rms_norm(x, gain, num_features, eps, group)
+
+
+def rms_norm(x: Tensor, gain: Tensor, num_features: int, eps: float, group: dist.ProcessGroup | None) -> Tensor:
+    """The norm itself; see `sharded_rms_norm`."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    squares = wide.square().sum(-1, keepdim=True)
+    if group_size(group) > 1:
+        squares = _SumOverRanks.apply(squares, group)
+    return (wide * torch.rsqrt(squares / num_features + eps) * gain).to(x.dtype)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """All-reduce whose result every rank uses: the gradient of each contribution is the sum over ranks, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = x.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        total = grads[0].clone()
+        dist.all_reduce(total, group=ctx.group)
+        return total, None

@@ -1,0 +1,113 @@
+"""megatron-core's column- and row-parallel linear layers, computing `functional.qsparse_linear`.
+
+The one override is `_forward_impl`, the hook through which both of megatron's layers do their product: sharding,
+checkpoint keys, bias and the output reduction stay megatron's.  A layer whose format is dense runs megatron's own
+product, so the dense baseline is megatron's and not ours.
+
+A layer does not know its path in the model, and its format may depend on that: layers are built dense and
+`configure` gives each its format afterwards (`rules.configure_layers`).
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from qsparse_layers.config import LinearFormat
+from qsparse_layers.functional import LinearCall, Sharding, WeightParts, qsparse_linear
+from qsparse_layers.norm import sharded_rms_norm
+from qsparse_layers.schedules import Schedule
+from qsparse_layers.stats import ZeroCounts
+
+
+class QSparseLinearMixin:
+    """What both parallel layers share: a format, the parts of the weight, and counts of zeros."""
+
+    weight: torch.nn.Parameter
+    tp_group: torch.distributed.ProcessGroup
+    input_size: int
+    output_size: int
+
+    format: LinearFormat = LinearFormat()
+    parts: WeightParts
+    schedule: Schedule
+    counts: ZeroCounts
+
+    def configure(self, layout: LinearFormat, parts: WeightParts, schedule: Schedule) -> None:
+        """Give the layer its format; called once, before the optimizer is built."""
+        self.format, self.parts, self.schedule = layout, parts, schedule
+        self.counts = ZeroCounts()
+
+    def _call(self, sharding: Sharding) -> LinearCall:
+        return LinearCall(
+            format=self.format,
+            parts=self.parts,
+            sharding=sharding,
+            sparsity=self.schedule.sparsity(self.format),
+            quantization=self.schedule.quantization,
+            counts=self.counts if self.schedule.counting else None,
+        )
+
+
+class QSparseColumnParallelLinear(QSparseLinearMixin, ColumnParallelLinear):
+    """Y = X W^T with W sharded over output features; the input row is whole, so it is quantized without communication.
+
+    Under sequence parallelism each rank quantizes its own tokens and the all-gather carries int8 codes.
+    """
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.format.is_dense:
+            return super()._forward_impl(input, weight, *args, **kwargs)
+        sharding = Sharding(
+            weight=self.tp_group,
+            tokens=self.tp_group if kwargs["sequence_parallel"] else None,
+            dgrad=self.tp_group if kwargs["allreduce_dgrad"] else None,
+        )
+        return qsparse_linear(input, weight, self._call(sharding))
+
+
+class QSparseRowParallelLinear(QSparseLinearMixin, RowParallelLinear):
+    """Y = X W^T with X and W sharded over input features: scale and top-K are those of the whole row.
+
+    With `sub_norm` the input passes an RMSNorm over all features first (BitNet's SubLN); its gain is sharded as the
+    features are.
+    """
+
+    def configure(self, layout: LinearFormat, parts: WeightParts, schedule: Schedule) -> None:
+        super().configure(layout, parts, schedule)
+        if layout.sub_norm:
+            gain = torch.nn.Parameter(self.weight.new_ones(self.input_size_per_partition))
+            set_tensor_model_parallel_attributes(gain, True, 0, 1)
+            gain.allreduce = self.weight.allreduce
+            self.sub_norm_weight = gain
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[..., D / TP] -> [..., O], summed (or reduce-scattered) over the tensor-parallel group."""
+        if self.format.sub_norm:
+            eps = self.config.layernorm_epsilon
+            input_ = sharded_rms_norm(input_, self.sub_norm_weight, self.input_size, eps, self.tp_group)
+        return super().forward(input_)
+
+    def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.format.is_dense:
+            return super()._forward_impl(input, weight, *args, **kwargs)
+        return qsparse_linear(input, weight, self._call(Sharding(weight=self.tp_group, features=self.tp_group)))
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """As megatron's, plus the SubLN gain sharded along its only dimension."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 1, "sub_norm_weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {})["dp_cp_group"],
+        )

@@ -1,0 +1,49 @@
+"""Train the same small model under many layouts and write down the losses: `torchrun -m tests.distributed.trajectories`.
+
+One launch runs all layouts that fit its number of processes, since importing torch and megatron-core takes longer than
+training.  Arguments: a JSON file of {name: config dictionary} and a JSON file to write {name: [loss, ...]} to.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from pipeline.cpu_backend import install
+
+if __name__ == "__main__":
+    install(cpu=True)
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+
+from pipeline.config import Config  # noqa: E402
+from pipeline.learner import Learner  # noqa: E402
+from pipeline.world import current_world, initialize_layout  # noqa: E402
+from tests.testing import TextWindows  # noqa: E402
+
+
+def losses(config: Config) -> list[float]:
+    """Training losses of all steps, then the held-out loss."""
+    initialize_layout(config)
+    try:
+        data = TextWindows(config.training.seq_length)
+        learner = Learner(config, current_world(config), data, vocab_size=256)
+        trajectory = [learner.step(step).loss for step in range(config.training.steps)]
+        return [*trajectory, learner.evaluate(data)]
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def main(cases: Path, output: Path) -> None:
+    """Run every case and write the losses on rank 0."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    results = {name: losses(Config(**values)) for name, values in json.loads(cases.read_text()).items()}
+    if dist.get_rank() == 0:
+        output.write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

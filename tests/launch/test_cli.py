@@ -1,0 +1,132 @@
+"""The command line as a user meets it, in a process that cannot import torch."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+WITHOUT_TORCH = """
+import sys
+for name in ("torch", "megatron", "mlflow", "triton", "transformer_engine"):
+    sys.modules[name] = None
+from launch.cli import main
+sys.exit(main())
+"""
+
+
+@pytest.fixture
+def qsparse(tmp_path):
+    """Run `qsparse` in an empty directory, with torch, megatron and MLflow unavailable."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
+        environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "COLUMNS": "120"}
+        return subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=60)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--help"], ["train", "generate", "evaluate", "config", "data", "mlflow", "doctor", "qsparse train configs/"]),
+        (["train", "--help"], ["CONFIG", "KEY=VALUE", "--nproc", "examples:"]),
+        (["generate", "--help"], ["RUN_DIR", "--prompt", "--tokens", "example:"]),
+        (["evaluate", "--help"], ["RUN_DIR", "example:"]),
+        (["config", "--help"], ["show", "check", "diff", "schema", "examples:"]),
+        (["data", "--help"], ["prepare"]),
+        (["data", "prepare", "--help"], ["--source", "--output"]),
+        (["mlflow", "--help"], ["--root", "--port", "example:"]),
+    ],
+)
+def test_help(qsparse, arguments, expected):
+    result = qsparse(*arguments)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert [text for text in expected if text not in result.stdout] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["trian"], "invalid choice: 'trian'"),
+        (["config", "show", "--bogus"], "unrecognized arguments: --bogus"),
+        (["config", "show", "a", "b"], "qsparse: one file is expected, got 2: a, b"),
+        (["config", "check", "run.name=x"], "qsparse: no file to check"),
+        (["train", "x.yaml", "--bogus"], "qsparse: unrecognized option '--bogus'; see --help"),
+        (
+            ["train", "x.yaml", "y.yaml"],
+            "one CONFIG and overrides of the form KEY=VALUE are expected, got also 'y.yaml'",
+        ),
+        (["train", "x.yaml"], "x.yaml: cannot be read: No such file or directory"),
+        (["train", "good.yaml", "run.nam=x"], "override 'run.nam=x': run.nam: unknown key, did you mean 'run.name'?"),
+        (["train", "good.yaml", "--nproc", "2", "parallel.tp=4"], "2 processes are not a multiple of parallel.tp=4"),
+        (
+            ["generate", "runs/x", "--prompt", "a"],
+            "qsparse: runs/x is not the directory of a run: it has no config.yaml",
+        ),
+        (["evaluate", "runs/x"], "qsparse: runs/x is not the directory of a run: it has no config.yaml"),
+        (["mlflow"], "qsparse: --root runs has no mlflow.db: no run has been logged there"),
+        (["config", "diff", "bad.yaml"], "bad.yaml:2: model.num_layers: input should be greater than 0 (got 0)"),
+    ],
+)
+def test_mistakes_are_one_message_and_exit_code_2(qsparse, tmp_path, arguments, message):
+    (tmp_path / "good.yaml").write_text("parallel: {tp: 2}\n")
+    (tmp_path / "bad.yaml").write_text("model:\n  num_layers: 0\n")
+    result = qsparse(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+
+
+def test_config_check_reports_every_file(qsparse, tmp_path):
+    (tmp_path / "good.yaml").write_text("parallel: {tp: 2, dp: 3}\n")
+    (tmp_path / "bad.yaml").write_text("model:\n  num_layer: 0\n")
+    result = qsparse("config", "check", "bad.yaml", "good.yaml", "training.global_batch_size=24")
+    assert result.returncode == 2
+    assert result.stdout == "good.yaml: OK (6 processes)\n"
+    assert result.stderr == (
+        "bad.yaml: 1 error in the configuration:\n"
+        "  bad.yaml:2: model.num_layer: unknown key, did you mean 'model.num_layers'?\n"
+    )
+
+
+def test_config_check_of_all_recipes(qsparse):
+    recipes = sorted(str(path) for path in (ROOT / "configs").glob("*.yaml"))
+    result = qsparse("config", "check", *recipes)
+    assert (result.returncode, result.stderr, result.stdout.count(": OK")) == (0, "", len(recipes))
+
+
+def test_config_show_can_be_loaded_again(qsparse, tmp_path):
+    shown = qsparse("config", "show", "model.num_layers=6", "run.name='1e5'").stdout
+    (tmp_path / "shown.yaml").write_text(shown)
+    assert "num_layers: 6" in shown
+    assert qsparse("config", "show", "shown.yaml").stdout == shown
+
+
+def test_config_diff(qsparse, tmp_path):
+    (tmp_path / "a.yaml").write_text("parallel: {tp: 2}\n")
+    (tmp_path / "b.yaml").write_text("defaults: a.yaml\nrun: {name: b}\n")
+    assert qsparse("config", "diff", "a.yaml").stdout == "key\tdefaults\ta.yaml\nparallel.tp\t1\t2\n"
+    assert qsparse("config", "diff", "b.yaml", "a.yaml").stdout == 'key\ta.yaml\tb.yaml\nrun.name\t"qsparse"\t"b"\n'
+    assert qsparse("config", "diff", "a.yaml", "a.yaml").stdout == "no differences\n"
+
+
+def test_config_schema(qsparse, tmp_path):
+    printed = qsparse("config", "schema").stdout
+    assert "defaults" in json.loads(printed)["properties"]
+    qsparse("config", "schema", "--output", "schema.json")
+    assert (tmp_path / "schema.json").read_text() == printed
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path):
+    command = f"{sys.executable} -m launch config show | head -n 1; exit ${{PIPESTATUS[0]}}"
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=60
+    )
+    assert (result.stdout, result.stderr) == ("run:\n", "")

@@ -1,0 +1,117 @@
+"""Real MLflow stores for the tests: runs in scratch folders, what a store holds, a server that can be killed."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.config_loader import dump_config
+from pipeline.metrics import MetricsLog
+from pipeline.run_directory import RunDirectory
+from pipeline.tracking import MLflowTracker, make_tracker
+
+
+def make_config(root: Path, name: str = "run", **tracking: Any) -> Config:
+    """A configuration with a run in `root`."""
+    return Config.model_validate({"run": {"root": str(root), "name": name}, "tracking": tracking})
+
+
+class Incarnation:
+    """One start of a run, as the trainer does it: directory, rewound metrics.jsonl, tracker."""
+
+    def __init__(self, config: Config, *, resume_step: int = 0, uri: str | None = None, flush_s: float = 0.05) -> None:
+        self.directory = RunDirectory(config.run.root / config.run.name)
+        self.directory.create(dump_config(config))
+        self.log = MetricsLog(self.directory.metrics)
+        self.log.rewind(resume_step)
+        if uri is None:
+            tracker = make_tracker(config, self.directory, environment={})
+            assert isinstance(tracker, MLflowTracker)
+            self.tracker = tracker
+        else:
+            self.tracker = MLflowTracker(uri, "qsparse", config.run.name, self.directory, {}, {}, flush_s=flush_s)
+
+    def record(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log as the trainer does: the file first, then the tracker with the file's time."""
+        time_ms = self.log.write(metrics, step)
+        self.tracker.log(metrics, step, time_ms=time_ms)
+
+
+def run_id(directory: RunDirectory) -> str:
+    """MLflow's id of the run."""
+    return directory.mlflow_run_id.read_text().strip()
+
+
+def fetch_run(uri: str, directory: RunDirectory) -> Any:
+    """The run as the store has it."""
+    import mlflow
+
+    return mlflow.MlflowClient(uri).get_run(run_id(directory))
+
+
+def history(uri: str, directory: RunDirectory, name: str) -> list[tuple[int, float]]:
+    """(step, value) of every point of one metric, sorted; duplicates stay."""
+    import mlflow
+
+    return sorted((m.step, m.value) for m in mlflow.MlflowClient(uri).get_metric_history(run_id(directory), name))
+
+
+class Server:
+    """`mlflow server` over an SQLite file on a free port of 127.0.0.1; `kill` leaves it no time to finish anything."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.store = f"sqlite:///{folder / 'server.db'}"
+        self._artifacts = folder / "artifacts"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, timeout_s: float = 120.0) -> None:
+        """Start and wait until it answers."""
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += [
+            "--backend-store-uri",
+            self.store,
+            "--artifacts-destination",
+            str(self._artifacts),
+            "--workers",
+            "1",
+        ]
+        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        self._process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + timeout_s
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
+                return
+            except (urllib.error.URLError, OSError):
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def kill(self) -> None:
+        """SIGKILL the server and its workers; does nothing if it is not running."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._process = None
+
+
+def wait_until(condition: Any, timeout_s: float, what: str) -> None:
+    """Poll `condition` until it is true."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s"
+        time.sleep(0.05)
