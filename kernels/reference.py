@@ -72,6 +72,11 @@ def block_mask(values_TD: Tensor, k: int, block: int) -> Tensor:
     return topk_mask(values_TD.unflatten(-1, (-1, block)), k).flatten(-2)
 
 
+def apply_mask(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` with zeros where `mask` is false, in the type of `values`."""
+    return values * mask.to(values.dtype)  # int8 times bool would leave the vectorized path
+
+
 def digit_histogram(keys_TD: Tensor, prefix_T1: Tensor, shift: int) -> Tensor:
     """Counts, per row, of the 8-bit digit at `shift` among keys whose higher bits equal `prefix`; int32 [T, 256]."""
     matches = (keys_TD >> (shift + 8)) == prefix_T1

@@ -321,7 +321,7 @@ def make_tracker(
     rank: int = 0,
     tags: Mapping[str, str] | None = None,
     environment: Mapping[str, str] | None = None,
-) -> MLflowTracker | NullTracker:
+) -> Tracker:
     """The tracker of this process; call it after `MetricsLog.rewind`.
 
     Args:

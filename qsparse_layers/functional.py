@@ -146,7 +146,7 @@ def prepare_input(x: Tensor, call: LinearCall) -> tuple[_Operand, Tensor | None]
     if call.quantization < 1.0 and call.format.activations == "int8":
         operand = _Operand(_interpolate(x, operand, call.quantization))
     if mask is not None:
-        operand = _Operand(operand.values * mask, operand.scale)
+        operand = _Operand(ops.apply_mask(operand.values, mask), operand.scale)
     if call.format.rescale == "l2" and mask is not None:
         scale = _inverse_norm(operand.values, call.sharding.features)
         return _Operand(operand.values, scale), scale.to(x.dtype)

@@ -1,7 +1,7 @@
 """Train the same small model under many layouts and write down the losses: `torchrun -m tests.distributed.trajectories`.
 
 One launch runs all layouts that fit its number of processes, since importing torch and megatron-core takes longer than
-training.  Arguments: a JSON file of {name: config dictionary} and a JSON file to write {name: [loss, ...]} to.
+training.  Arguments: a JSON file of {name: config dictionary} and a JSON file to write {name: trajectory} to.
 """
 
 import json
@@ -23,23 +23,27 @@ from pipeline.world import current_world, initialize_layout  # noqa: E402
 from tests.testing import TextWindows  # noqa: E402
 
 
-def losses(config: Config) -> list[float]:
-    """Training losses of all steps, then the held-out loss."""
+def trajectory(config: Config) -> dict[str, list[float]]:
+    """Losses and gradient norms of all steps, and the held-out loss at the end."""
     initialize_layout(config)
     try:
         data = TextWindows(config.training.seq_length)
         learner = Learner(config, current_world(config), data, vocab_size=256)
-        trajectory = [learner.step(step).loss for step in range(config.training.steps)]
-        return [*trajectory, learner.evaluate(data)]
+        results = [learner.step(step) for step in range(config.training.steps)]
+        return {
+            "loss": [result.loss for result in results],
+            "grad_norm": [result.grad_norm for result in results],
+            "val": [learner.evaluate(data)],
+        }
     finally:
         parallel_state.destroy_model_parallel()
 
 
 def main(cases: Path, output: Path) -> None:
-    """Run every case and write the losses on rank 0."""
+    """Run every case and write the trajectories on rank 0."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results = {name: losses(Config(**values)) for name, values in json.loads(cases.read_text()).items()}
+    results = {name: trajectory(Config(**values)) for name, values in json.loads(cases.read_text()).items()}
     if dist.get_rank() == 0:
         output.write_text(json.dumps(results))
     dist.destroy_process_group()

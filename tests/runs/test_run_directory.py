@@ -61,7 +61,7 @@ def test_status_is_whole_at_every_moment_of_a_kill(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from pipeline.run_directory import RunDirectory\n"
         "d = RunDirectory(Path(sys.argv[1])); step = 0\n"
-        "while True:\n    step += 1; d.write_status('running', step, 'x' * 20000)\n"
+        "while True:\n    step += 1; d.write_status('running', step, 'x' * 2000000)\n"
     )
     directory = RunDirectory(tmp_path)
     for _ in range(3):
@@ -74,4 +74,4 @@ def test_status_is_whole_at_every_moment_of_a_kill(tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         reads.append(directory.read_status())
-        assert all(status is not None and status["reason"] == "x" * 20000 for status in reads)
+        assert all(status is not None and status["reason"] == "x" * 2_000_000 for status in reads)
