@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: the operations of a sparse ternary linear layer, without modules, configs or process groups."""
+"""Tensors in, tensors out: operations of a sparse ternary linear layer, without modules, configs, process groups."""

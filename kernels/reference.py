@@ -90,7 +90,7 @@ def absmean_sum(weight_GRD: Tensor) -> Tensor:
     return weight_GRD.abs().sum(dtype=torch.float64)
 
 
-def absmean_scale(absolute_sum: Tensor, count: int) -> Tensor:
+def absmean_scale(absolute_sum: Tensor, count: Tensor | int) -> Tensor:
     """Scale of ternary weights, float32: max(mean|W|, 1e-5) (arXiv 2402.17764 eq. 3, with BitNet's clamp)."""
     return (absolute_sum / count).clamp(min=EPS).to(torch.float32)
 
@@ -138,7 +138,7 @@ def _product(a: Tensor | None, b: Tensor | None, dtype: torch.dtype) -> Tensor |
 
 
 def linear_dgrad(grad_TO: Tensor, weight_OD: Tensor, *, weight_scale_O: Tensor | None) -> Tensor:
-    """Gradient of the input: dX = (dY weight_scale) weight, straight through mask and codes (arXiv 2407.10969 eq. 13)."""
+    """Input gradient dX = (dY weight_scale) weight, straight through mask and codes (arXiv 2407.10969 eq. 13)."""
     accumulate = _accumulation_dtype(grad_TO.dtype, 0, exact=False)
     grad = grad_TO.to(accumulate)
     if weight_scale_O is not None:
@@ -147,7 +147,7 @@ def linear_dgrad(grad_TO: Tensor, weight_OD: Tensor, *, weight_scale_O: Tensor |
 
 
 def linear_wgrad(grad_TO: Tensor, x_TD: Tensor, *, x_scale_T1: Tensor | None) -> Tensor:
-    """Gradient of the weight: dW = (dY x_scale)^T x with the masked input that the forward multiplied; float32 or wider."""
+    """Weight gradient dW = (dY x_scale)^T x with the masked input that the forward multiplied; float32 or wider."""
     accumulate = _accumulation_dtype(grad_TO.dtype, 0, exact=False)
     grad = grad_TO.to(accumulate)
     if x_scale_T1 is not None:

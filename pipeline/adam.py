@@ -2,7 +2,7 @@
 
 torch.optim.AdamW keeps one `step` tensor per parameter.  megatron-core's distributed optimizer then loads a checkpoint
 into ONE tensor shared by all parameters, which each of them increments: the bias correction after a resume is wrong,
-silently.  With the count in the group, resuming is exact and checkpoints look the same with and without those libraries.
+silently.  With the count in the group, resuming is exact, and checkpoints look as they do with those libraries.
 """
 
 from collections.abc import Callable, Iterable
@@ -49,14 +49,14 @@ class FusedAdam(torch.optim.Optimizer):
         for p in params:
             if not self.state[p]:
                 self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         first = [self.state[p]["exp_avg"] for p in params]
         second = [self.state[p]["exp_avg_sq"] for p in params]
         (beta1, beta2), lr, decay, step = group["betas"], group["lr"], group["weight_decay"], group["step"]
         if decay and self.adam_w_mode:
             torch._foreach_mul_(params, 1 - lr * decay)
         elif decay:
-            grads = torch._foreach_add(grads, params, alpha=decay)
+            grads = list(torch._foreach_add(grads, params, alpha=decay))
         torch._foreach_lerp_(first, grads, 1 - beta1)
         torch._foreach_mul_(second, beta2)
         torch._foreach_addcmul_(second, grads, grads, 1 - beta2)

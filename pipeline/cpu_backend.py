@@ -50,7 +50,7 @@ class _CudaIsCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.Tensor.cuda:
             return args[0]
-        # float64 is for exactness tests: megatron's upcasts to float32 leave it alone, its type checks take it for float32.
+        # float64 is for exactness tests: upcasts to float32 leave it alone, type checks take it for float32.
         if func is torch.Tensor.float and args[0].dtype == torch.float64:
             return args[0]
         if func is torch.Tensor.type and len(args) == 1:

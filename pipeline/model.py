@@ -238,4 +238,3 @@ def _draw(path: str, module: Module, weight: Tensor, std: float, config: Config)
     rows = weight.shape[0] // halves
     parts = [whole(rows * size, weight.shape[1])[rank * rows : (rank + 1) * rows] for _ in range(halves)]
     return torch.cat(parts)
-

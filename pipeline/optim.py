@@ -125,4 +125,3 @@ def set_step(optimizer: MegatronOptimizer, step: int, config: Config) -> tuple[f
         group["lr"] = lr * group.get("lr_mult", 1.0)
         group["weight_decay"] = decay * group.get("wd_mult", 1.0)
     return lr, decay
-

@@ -75,7 +75,9 @@ def current_world(config: Config) -> World:
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
-        device=torch.device("cpu") if uses_cpu(config.run.device) else torch.device("cuda", torch.cuda.current_device()),
+        device=torch.device("cpu")
+        if uses_cpu(config.run.device)
+        else torch.device("cuda", torch.cuda.current_device()),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),

@@ -20,7 +20,9 @@ class SDPACoreAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         if config.context_parallel_size > 1:
-            raise ValueError("parallel.cp > 1 needs Transformer Engine's attention; use parallel.cp=1 or the te backend")
+            raise ValueError(
+                "parallel.cp > 1 needs Transformer Engine's attention; use parallel.cp=1 or the te backend"
+            )
         dropout = options.get("attention_dropout")
         self.dropout = config.attention_dropout if dropout is None else dropout
         self.scale = options.get("softmax_scale")

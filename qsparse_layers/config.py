@@ -8,7 +8,7 @@ Semantics and equations: docs/numerics.md.
 from fractions import Fraction
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 Pattern = Literal["topk", "block"]
 WeightFormat = Literal["full", "ternary"]
@@ -117,15 +117,16 @@ class QSparseConfig(LinearFormat):
     sparsity_warmup: Warmup = Warmup()
     """Ramp of the sparsity from 0 to its target."""
     quantization_warmup: Warmup = Warmup()
-    """Ramp of lambda in x + lambda (q(x) - x) for weights and activations (papers.md 2.6); 1 is full quantization."""
+    """Ramp of lambda in x + lambda (q(x) - x) for weights and activations, as Hugging Face fine-tunes into 1.58 bits."""
 
     @model_validator(mode="after")
     def _check_rules(self) -> "QSparseConfig":
         for i, rule in enumerate(self.rules):
             try:
                 apply_rule(self, rule)
-            except ValueError as error:
-                raise ValueError(f"rules[{i}] (match={rule.match!r}): {error}") from None
+            except ValidationError as error:
+                reasons = "; ".join(item["msg"].removeprefix("Value error, ") for item in error.errors())
+                raise ValueError(f"rules[{i}] (match={rule.match!r}): {reasons}") from None
         return self
 
 

@@ -34,9 +34,7 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(x, self.weight, x.shape[-1], self.eps, None)
 
 
-def sharded_rms_norm(
-    x: Tensor, gain: Tensor, num_features: int, eps: float, group: dist.ProcessGroup | None
-) -> Tensor:
+def sharded_rms_norm(x: Tensor, gain: Tensor, num_features: int, eps: float, group: dist.ProcessGroup | None) -> Tensor:
     """RMSNorm over `num_features` features of which this rank holds x.shape[-1].
 
     Args:

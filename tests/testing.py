@@ -41,5 +41,7 @@ def torchrun(module: str, *arguments: str, nproc: int, timeout: float = 300) -> 
         check=False,
     )
     if result.returncode:
-        raise AssertionError(f"{module} {' '.join(arguments)} failed with {result.returncode}:\n{result.stdout[-6000:]}")
+        raise AssertionError(
+            f"{module} {' '.join(arguments)} failed with {result.returncode}:\n{result.stdout[-6000:]}"
+        )
     return result.stdout

@@ -112,5 +112,7 @@ def test_the_losses_fall_and_differ_between_formats() -> None:
     references = trajectories(1)
     for name in ("full-fp64", "block-fp64", "dense-fp32"):
         assert references[name]["loss"][-1] < references[name]["loss"][0] - 1.0
-    finals = {round(references[name]["val"][0], 3) for name in ("full-fp64", "no_sub_norm-fp64", "block-fp64", "dense-fp32")}
+    finals = {
+        round(references[name]["val"][0], 3) for name in ("full-fp64", "no_sub_norm-fp64", "block-fp64", "dense-fp32")
+    }
     assert len(finals) == 4

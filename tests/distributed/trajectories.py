@@ -13,14 +13,14 @@ from pipeline.cpu_backend import install
 if __name__ == "__main__":
     install(cpu=True)
 
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-from megatron.core import parallel_state  # noqa: E402
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
-from pipeline.config import Config  # noqa: E402
-from pipeline.learner import Learner  # noqa: E402
-from pipeline.world import current_world, initialize_layout  # noqa: E402
-from tests.testing import TextWindows  # noqa: E402
+from pipeline.config import Config
+from pipeline.learner import Learner
+from pipeline.world import current_world, initialize_layout
+from tests.testing import TextWindows
 
 
 def trajectory(config: Config) -> dict[str, list[float]]:

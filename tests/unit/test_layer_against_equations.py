@@ -61,7 +61,9 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize("layout", FORMATS, ids=lambda f: f"{f.pattern}{f.sparsity}-{f.weights}-{f.activations}-{f.ternary_scale}")
+@pytest.mark.parametrize(
+    "layout", FORMATS, ids=lambda f: f"{f.pattern}{f.sparsity}-{f.weights}-{f.activations}-{f.ternary_scale}"
+)
 def test_forward_and_backward_are_those_of_the_equations(layout: LinearFormat) -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 5, 48, dtype=torch.float64, generator=generator, requires_grad=True)
