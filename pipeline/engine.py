@@ -31,7 +31,7 @@ class Engine:
         config: the run.
     """
 
-    def __init__(self, chunks: list[Module], config: Config) -> None:
+    def __init__(self, chunks: list[Any], config: Config) -> None:
         self.chunks = chunks
         self.config = config
         self._schedule = get_forward_backward_func()

@@ -63,7 +63,7 @@ class Learner:
             stop: this rank wants the run to stop after the step.
 
         Raises:
-            NonFiniteError: loss or gradient norm is not finite; the weights are those before the step if it is the loss.
+            NonFiniteError: loss or gradient norm is not finite; if it is the loss, the weights are still good.
         """
         training = self.config.training
         self.model.schedule.step = step

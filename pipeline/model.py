@@ -74,9 +74,10 @@ def build_model(config: Config, vocab_size: int) -> Model:
 
 def unwrap(chunk: Module) -> GPTModel:
     """The GPT model inside data-parallel and precision wrappers."""
-    while not isinstance(chunk, GPTModel):
-        chunk = chunk.module
-    return chunk
+    inner: Any = chunk
+    while not isinstance(inner, GPTModel):
+        inner = inner.module
+    return inner
 
 
 def transformer_config(config: Config) -> TransformerConfig:

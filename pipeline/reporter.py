@@ -211,8 +211,7 @@ class Reporter:
             activated_parameters=size.active_projections * share + size.embeddings + size.other,
             tokens_per_step=self._tokens_per_step,
             total_steps=config.training.steps,
-            dataset=f"{config.data.path}: {windows_per_epoch:,} windows of {config.training.seq_length} tokens per epoch, "
-            f"{config.training.steps * config.training.global_batch_size / windows_per_epoch:.2f} epochs",
+            dataset=_describe_data(config, windows_per_epoch),
             device=_describe_device(self.world, config),
             run_directory=self.directory.path,
             tracking=self._tracker.location,
@@ -229,6 +228,12 @@ def _formats(config: Config) -> dict[str, LinearFormat]:
         index = matching_rule(rules, layer.path)
         formats[layer.path] = apply_rule(config.model.qsparse, None if index is None else rules[index])
     return formats
+
+
+def _describe_data(config: Config, windows_per_epoch: int) -> str:
+    training = config.training
+    epochs = training.steps * training.global_batch_size / windows_per_epoch
+    return f"{config.data.path}: {windows_per_epoch:,} windows of {training.seq_length} tokens, {epochs:.2f} epochs"
 
 
 def _peak_bytes(world: World) -> int:

@@ -21,7 +21,7 @@ class SDPACoreAttention(torch.nn.Module):
         super().__init__()
         if config.context_parallel_size > 1:
             raise ValueError(
-                "parallel.cp > 1 needs Transformer Engine's attention; use parallel.cp=1 or the te backend"
+                "parallel.cp > 1 needs Transformer Engine's attention: set run.backend=te or parallel.cp=1"
             )
         dropout = options.get("attention_dropout")
         self.dropout = config.attention_dropout if dropout is None else dropout

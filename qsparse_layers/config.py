@@ -117,7 +117,7 @@ class QSparseConfig(LinearFormat):
     sparsity_warmup: Warmup = Warmup()
     """Ramp of the sparsity from 0 to its target."""
     quantization_warmup: Warmup = Warmup()
-    """Ramp of lambda in x + lambda (q(x) - x) for weights and activations, as Hugging Face fine-tunes into 1.58 bits."""
+    """Ramp of lambda in x + lambda (q(x) - x) for weights and activations; 1 is full quantization."""
 
     @model_validator(mode="after")
     def _check_rules(self) -> "QSparseConfig":

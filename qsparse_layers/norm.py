@@ -27,14 +27,14 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
-        self.weight.sequence_parallel = config.sequence_parallel
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape and type."""
-        return rms_norm(x, self.weight, x.shape[-1], self.eps, None)
+        return rms_norm(x, self.weight, x.shape[-1], self.eps)
 
 
-def sharded_rms_norm(x: Tensor, gain: Tensor, num_features: int, eps: float, group: dist.ProcessGroup | None) -> Tensor:
+def rms_norm(x: Tensor, gain: Tensor, num_features: int, eps: float, group: dist.ProcessGroup | None = None) -> Tensor:
     """RMSNorm over `num_features` features of which this rank holds x.shape[-1].
 
     Args:
@@ -42,13 +42,8 @@ def sharded_rms_norm(x: Tensor, gain: Tensor, num_features: int, eps: float, gro
         gain: [num_features / ranks].
         num_features: features of the whole row.
         eps: added to the mean square.
-        group: ranks that share the row.
+        group: ranks that share the row; None if this process holds all of it.
     """
-    return rms_norm(x, gain, num_features, eps, group)
-
-
-def rms_norm(x: Tensor, gain: Tensor, num_features: int, eps: float, group: dist.ProcessGroup | None) -> Tensor:
-    """The norm itself; see `sharded_rms_norm`."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     squares = wide.square().sum(-1, keepdim=True)
     if group_size(group) > 1:

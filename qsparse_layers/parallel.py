@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qsparse_layers.config import LinearFormat
 from qsparse_layers.functional import LinearCall, Sharding, WeightParts, qsparse_linear
-from qsparse_layers.norm import sharded_rms_norm
+from qsparse_layers.norm import rms_norm
 from qsparse_layers.schedules import Schedule
 from qsparse_layers.stats import ZeroCounts
 
@@ -80,18 +80,20 @@ class QSparseRowParallelLinear(QSparseLinearMixin, RowParallelLinear):
     """
 
     def configure(self, layout: LinearFormat, parts: WeightParts, schedule: Schedule) -> None:
+        """As the mixin's, and create the SubLN gain if the format has one."""
         super().configure(layout, parts, schedule)
         if layout.sub_norm:
             gain = torch.nn.Parameter(self.weight.new_ones(self.input_size_per_partition))
             set_tensor_model_parallel_attributes(gain, True, 0, 1)
-            gain.allreduce = self.weight.allreduce
+            # "False" marks expert parameters: their gradients are reduced over the expert data-parallel group.
+            setattr(gain, "allreduce", getattr(self.weight, "allreduce"))  # noqa: B009, B010
             self.sub_norm_weight = gain
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """[..., D / TP] -> [..., O], summed (or reduce-scattered) over the tensor-parallel group."""
         if self.format.sub_norm:
             eps = self.config.layernorm_epsilon
-            input_ = sharded_rms_norm(input_, self.sub_norm_weight, self.input_size, eps, self.tp_group)
+            input_ = rms_norm(input_, self.sub_norm_weight, self.input_size, eps, self.tp_group)
         return super().forward(input_)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch.nn import Module, ModuleList
 
@@ -50,9 +51,10 @@ def _first_indices(model: Module) -> Iterator[tuple[str, int]]:
     """(path of a list of layers or experts, global number of its first member on this rank)."""
     for path, module in model.named_modules():
         if isinstance(module, ModuleList) and len(module) and hasattr(module[0], "layer_number"):
-            yield path, module[0].layer_number - 1
+            yield path, int(getattr(module[0], "layer_number")) - 1  # noqa: B009
         if hasattr(module, "local_experts"):
-            yield f"{path}.local_experts", module.ep_group.rank() * module.num_local_experts
+            experts: Any = module
+            yield f"{path}.local_experts", experts.ep_group.rank() * experts.num_local_experts
 
 
 def configure_layers(

@@ -1,4 +1,4 @@
-"""Train the same small model under many layouts and write down the losses: `torchrun -m tests.distributed.trajectories`.
+"""Train the same small model under many layouts and write down the losses; run it with torchrun.
 
 One launch runs all layouts that fit its number of processes, since importing torch and megatron-core takes longer than
 training.  Arguments: a JSON file of {name: config dictionary} and a JSON file to write {name: trajectory} to.
