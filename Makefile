@@ -20,7 +20,7 @@ BIN := $(VENV)/bin
 EXTRAS ?= dev
 comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
-CODE := kernels qsparse_layers moe pipeline launch tests benchmarks
+CODE := kernels qsparse_layers moe pipeline launch tests docs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: env train test test-gpu docs-test lint format clean
@@ -43,7 +43,9 @@ test: lint
 test-gpu: env
 	pytest -m gpu
 
+# The pages look at the run that the quickstart leaves behind.
 docs-test: env
+	test -f runs/quickstart/status.json || $(MAKE) train
 	pytest -m docs tests/docs
 
 lint: env

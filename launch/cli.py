@@ -1,8 +1,8 @@
 """The `qsparse` command line: one parser, one sub-parser per verb, no torch.
 
 Every sub-parser sets `run`, a function from the parsed arguments to the exit code; `main` only calls it.  Verbs that
-need torch (train, generate, evaluate) are started as processes and never imported, so help and configuration errors
-come at once, also where torch is not installed.  The module that adds a verb owns its options.
+need torch or MLflow (train, generate, evaluate, mlflow, track) are started as processes and never imported, so help
+and configuration errors come at once, also where neither is installed.  The module that adds a verb owns its options.
 
 Exit codes: 0 success, 1 a problem was found or the started command failed, 2 the user's mistake (told in one message).
 """
@@ -16,7 +16,9 @@ from importlib import metadata
 from launch.config_command import add_config_parser
 from launch.doctor import add_doctor_parser
 from launch.mlflow_command import add_mlflow_parser
+from launch.report_command import add_report_parser
 from launch.run_commands import add_run_parsers
+from launch.track_command import add_track_parser
 from pipeline.data.commands import add_data_parser
 
 _EPILOG = """\
@@ -43,7 +45,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_run_parsers(commands)
     add_config_parser(commands)
     add_data_parser(commands)
+    add_report_parser(commands)
     add_mlflow_parser(commands)
+    add_track_parser(commands)
     add_doctor_parser(commands)
     return parser
 

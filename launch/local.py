@@ -1,11 +1,12 @@
 """Starts the processes of one machine through torchrun, and lets them save when the user says stop.
 
-    python -m torch.distributed.run --standalone --nproc-per-node N --module MODULE ARGUMENTS...
+    python -m pipeline.torchrun --standalone --nproc-per-node N --module MODULE ARGUMENTS...
 
-One process goes through torchrun as well, so there is one code path.  torchrun's own answer to a signal is to end
-its workers and then itself with a traceback and exit code 1, even if every worker saved and left in order.  So the
-first stop signal goes past it: SIGTERM to each worker, which saves and exits 0, whereupon torchrun exits 0 as well.
-A second signal goes to torchrun.  The price is that the workers must be found among torchrun's children.
+`pipeline.torchrun` is torchrun with the exit code of the rank that failed.  One process goes through it as well, so
+there is one code path.  torchrun's own answer to a signal is to end its workers and then itself with a traceback and
+exit code 1, even if every worker saved and left in order.  So the first stop signal goes past it: SIGTERM to each
+worker, which saves and exits 0, whereupon torchrun exits 0 as well.  A second signal goes to torchrun.  The price is
+that the workers must be found among torchrun's children.
 """
 
 import os
@@ -35,7 +36,7 @@ def inside_torchrun(environ: Mapping[str, str] = os.environ) -> bool:
 
 def torchrun_command(module: str, arguments: Sequence[str], num_processes: int) -> list[str]:
     """Command line that runs `python -m MODULE ARGUMENTS` as `num_processes` ranks on this machine."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = [sys.executable, "-m", "pipeline.torchrun", "--standalone"]
     return [*torchrun, f"--nproc-per-node={num_processes}", "--module", module, *arguments]
 
 

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 
+from pipeline.data.errors import DataError
 from pipeline.world import World
 
 
@@ -51,6 +52,8 @@ class BatchReader:
         self.needs_tokens = world.is_first_stage or world.is_last_stage
         self.wait_seconds = 0.0
         """Time spent reading since the last reset."""
+        self.problem: DataError | OSError | None = None
+        """Why `read` returned zeros: the step goes on, so that the other ranks hear of it in its all-reduce."""
 
     def read(self, samples: list[int], micro_batch_size: int) -> Tensor | None:
         """int64 [M, b, s + 1] on first and last pipeline stages, None between them."""
@@ -59,7 +62,7 @@ class BatchReader:
         shape = (len(samples) // micro_batch_size, micro_batch_size, self.seq_length + 1)
         if self.world.tp_rank == 0:
             start = time.perf_counter()
-            tokens = torch.from_numpy(self.dataset.windows(samples)).view(shape).to(self.world.device)
+            tokens = torch.from_numpy(self._windows(samples)).view(shape).to(self.world.device)
             self.wait_seconds += time.perf_counter() - start
         else:
             tokens = torch.empty(shape, dtype=torch.int64, device=self.world.device)
@@ -67,3 +70,10 @@ class BatchReader:
         if group.size() > 1:
             dist.broadcast(tokens, parallel_state.get_tensor_model_parallel_src_rank(), group=group)
         return tokens
+
+    def _windows(self, samples: list[int]) -> np.ndarray:
+        try:
+            return self.dataset.windows(samples)
+        except (DataError, OSError) as error:
+            self.problem = error
+            return np.zeros((len(samples), self.seq_length + 1), dtype=np.int64)

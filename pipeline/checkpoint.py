@@ -1,17 +1,19 @@
 """Checkpoints that are there or not, never half: megatron-core's sharded format, one folder per step.
 
     checkpoints/step-00000100/       model and optimizer shards, reshardable (TP, PP, EP, DP may change)
-                              meta.json   step, consumed samples, data fingerprint, model shape, versions
+                              meta.json   step, consumed samples, data fingerprint, model shape, sizes of files
 
-A checkpoint is written to a hidden folder and renamed when every rank is done, so a kill at any moment loses at most
-the work since the last one.  `meta.json` is read first: a checkpoint of another model or data order is refused by
-naming the keys that differ, before any tensor is touched.
+A checkpoint is written to a hidden folder and renamed when every rank is done, and hidden again before it is removed,
+so a kill at any moment loses at most the work since the last one.  `meta.json` is read first: a checkpoint of another
+model or data order is refused by naming the keys that differ, before any tensor is touched.
 """
 
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,16 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.optimizer import MegatronOptimizer
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
 from pipeline.config import CheckpointConfig, Config
+from pipeline.errors import UserError
 from pipeline.model import unwrap
+from pipeline.world import agreement
 
 _PREFIX = "step-"
+_HIDDEN_SUFFIX = ".incomplete"
 
 
 class CheckpointError(ValueError):
@@ -44,8 +50,12 @@ class Progress:
     """Identity of dataset, sequence length and order."""
     model_shape: dict[str, Any] = field(default_factory=dict)
     """Keys that decide the shapes of tensors; see `model_shape`."""
+    optimizer_format: dict[str, Any] = field(default_factory=dict)
+    """Keys that decide what the optimizer keeps; see `optimizer_format`."""
     versions: dict[str, str] = field(default_factory=dict)
     """Libraries that wrote the checkpoint."""
+    files: dict[str, int] = field(default_factory=dict)
+    """Bytes of each file, so that half a copy is recognized before ranks trip over it."""
 
 
 def model_shape(config: Config, vocab_size: int) -> dict[str, Any]:
@@ -63,6 +73,14 @@ def model_shape(config: Config, vocab_size: int) -> dict[str, Any]:
     }
 
 
+def optimizer_format(config: Config) -> dict[str, Any]:
+    """The keys that must agree for the optimizer's state to fit, however it is sharded."""
+    return {
+        "parallel.distributed_optimizer": config.parallel.distributed_optimizer,
+        "training.precision": config.training.precision,
+    }
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -76,8 +94,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, ascending."""
-        folders = self.directory.glob(f"{_PREFIX}*")
-        return sorted(int(folder.name.removeprefix(_PREFIX)) for folder in folders if (folder / "meta.json").is_file())
+        names = [meta.parent.name.removeprefix(_PREFIX) for meta in self.directory.glob(f"{_PREFIX}*/meta.json")]
+        return sorted(int(name) for name in names if name.isdecimal())  # step-00000100.bak is somebody's own
 
     def latest(self) -> Path | None:
         """Folder of the newest complete checkpoint."""
@@ -96,33 +114,50 @@ class Checkpoints:
         return folder
 
     def save(self, chunks: list[Module], optimizer: MegatronOptimizer, progress: Progress) -> Path:
-        """Write a checkpoint on all ranks, make it visible, and remove those that retention no longer keeps."""
+        """Write a checkpoint on all ranks, make it visible, and remove those that retention no longer keeps.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
         final = self._folder(progress.step)
-        hidden = self.directory / f".{final.name}.incomplete"
+        hidden = _hidden(final)
         main = dist.get_rank() == 0
-        if main:
-            shutil.rmtree(hidden, ignore_errors=True)
-            hidden.mkdir(parents=True)
-        dist.barrier()
-        dist_checkpointing.save(_state(chunks, optimizer, is_loading=False), str(hidden))
-        if main:
-            versions = {"megatron-core": megatron.core.__version__, "torch": torch.__version__}
-            write_meta(hidden, Progress(**{**asdict(progress), "versions": versions}))
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(hidden, final)
-            self._prune()
-        dist.barrier()
+        with agreement():
+            if main:
+                self.remove_incomplete()
+                hidden.mkdir(parents=True)
+        with _told_to_all(f"checkpoint {final} cannot be written"):
+            dist_checkpointing.save(_state(chunks, optimizer, is_loading=False), str(hidden))
+        with agreement():
+            if main:
+                versions = {"megatron-core": megatron.core.__version__, "torch": torch.__version__}
+                files = {path.name: path.stat().st_size for path in sorted(hidden.iterdir())}
+                write_meta(hidden, replace(progress, versions=versions, files=files))
+                shutil.rmtree(final, ignore_errors=True)  # a folder of this name that is no checkpoint
+                os.replace(hidden, final)
+                self._prune()
         return final
+
+    def remove_incomplete(self) -> None:
+        """Remove what killed runs left of a save or a removal; only for the one process that owns the run."""
+        for folder in self.directory.glob(f".{_PREFIX}*{_HIDDEN_SUFFIX}"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _prune(self) -> None:
         steps = self.steps()
         every = self.settings.keep_every
         for step in steps[: -self.settings.keep_last]:
             if not every or step % every:
-                shutil.rmtree(self._folder(step), ignore_errors=True)
+                hidden = _hidden(self._folder(step))  # a kill in the middle must not leave half a checkpoint visible
+                os.replace(self._folder(step), hidden)
+                shutil.rmtree(hidden, ignore_errors=True)
 
     def _folder(self, step: int) -> Path:
         return self.directory / f"{_PREFIX}{step:08d}"
+
+
+def _hidden(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}{_HIDDEN_SUFFIX}")
 
 
 def read_progress(folder: Path) -> Progress:
@@ -131,10 +166,15 @@ def read_progress(folder: Path) -> Progress:
     Raises:
         CheckpointError: there is no complete checkpoint in `folder`.
     """
+    meta = folder / "meta.json"
     try:
-        return Progress(**json.loads((folder / "meta.json").read_text()))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} is no complete checkpoint: it has no meta.json") from None
+        return Progress(**json.loads(meta.read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        below = sorted(folder.glob(f"**/{_PREFIX}*/meta.json"))
+        hint = f"; did you mean {below[-1].parent}?" if below else ""
+        raise CheckpointError(f"{folder} is no complete checkpoint: it has no meta.json{hint}") from None
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{meta} is damaged or of another version of qsparse: {error}") from None
 
 
 def write_meta(folder: Path, progress: Progress) -> None:
@@ -145,34 +185,82 @@ def write_meta(folder: Path, progress: Progress) -> None:
         os.fsync(file.fileno())
 
 
-def check_fits(saved: Progress, shape: dict[str, Any], folder: Path, fingerprint: str | None = None) -> None:
-    """Refuse a checkpoint of another model, or with `fingerprint` of another data order.
+def check_fits(saved: Progress, shape: dict[str, Any], folder: Path) -> None:
+    """Refuse a checkpoint of another model.
 
     Raises:
         CheckpointError: names every key that differs and both values.
     """
-    wrong = [
-        f"{key}={value!r} but the checkpoint has {saved.model_shape.get(key)!r}"
-        for key, value in shape.items()
-        if saved.model_shape.get(key) != value
-    ]
-    if wrong:
-        raise CheckpointError(f"checkpoint {folder} is of another model: " + "; ".join(wrong))
-    if fingerprint is not None and fingerprint != saved.data_fingerprint:
+    if wrong := _differences(saved.model_shape, shape):
+        raise CheckpointError(f"checkpoint {folder} is of another model: {wrong}")
+
+
+def check_resumable(saved: Progress, config: Config, fingerprint: str, folder: Path) -> None:
+    """Refuse to go on with another data order or another kind of optimizer.
+
+    Raises:
+        CheckpointError: names what differs and both values.
+    """
+    if fingerprint != saved.data_fingerprint:
         raise CheckpointError(
             f"checkpoint {folder} was trained on another dataset, sequence length or data.seed (fingerprint "
-            f"{saved.data_fingerprint}, now {fingerprint}): resuming would repeat or skip samples. "
+            f"{saved.data_fingerprint[:12]}, now {fingerprint[:12]}): resuming would repeat or skip samples. "
             "Restore data.path, data.seed and training.seq_length, or start a new run with checkpoint.load"
+        )
+    if wrong := _differences(saved.optimizer_format, optimizer_format(config)):
+        raise CheckpointError(
+            f"checkpoint {folder} has the state of another kind of optimizer: {wrong}. Restore that, or start a new "
+            "run from its weights with checkpoint.load"
         )
 
 
+def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
+    return "; ".join(
+        f"{key}={value!r} but the checkpoint has {saved.get(key)!r}"
+        for key, value in wanted.items()
+        if saved.get(key) != value
+    )
+
+
+def check_files(saved: Progress, folder: Path) -> None:
+    """Refuse a checkpoint whose files are not those that were written.
+
+    Raises:
+        CheckpointError: a file is missing or has another size.
+    """
+    for name, size in saved.files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            problem = "is missing" if found is None else f"has {found} bytes instead of {size}"
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: {name} {problem}; copy it again, or move the folder away to take the "
+                "checkpoint before it"
+            )
+
+
 def load(folder: Path, chunks: list[Module], optimizer: MegatronOptimizer | None) -> None:
-    """Fill the model, and the optimizer if given, from a checkpoint written under any layout."""
-    state = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(folder))
+    """Fill the model, and the optimizer if given, from a checkpoint written under any layout.
+
+    Raises:
+        UserError: its files cannot be read.
+    """
+    with _told_to_all(f"checkpoint {folder} cannot be read"):
+        state = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(folder))
     for index, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(state[f"model{index}" if len(chunks) > 1 else "model"])
     if optimizer is not None:
         optimizer.load_state_dict(state["optimizer"])
+
+
+@contextmanager
+def _told_to_all(what: str) -> Iterator[None]:
+    """torch gathers what went wrong on any rank and raises it on all, as a BaseException full of tracebacks."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        raise UserError(f"{what}: {type(cause).__name__} on rank {rank}: {cause}") from error
 
 
 def _state(chunks: list[Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:

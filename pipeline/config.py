@@ -36,6 +36,8 @@ class RunConfig(Section):
     """Seed of weight initialization and dropout; initial weights do not depend on the parallel layout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one; `cpu` runs megatron-core over gloo."""
+    backend: Literal["auto", "local", "te"] = "auto"
+    """Attention and fused Adam: `te` takes Transformer Engine's, `local` torch's; `auto`: te on a GPU that has it."""
     deterministic: bool = False
     """Only deterministic kernels; slower on GPUs, no effect on the CPU, which always is."""
     threads: PositiveInt = 1
@@ -137,7 +139,8 @@ class TrainingConfig(Section):
     seq_length: PositiveInt = 256
     """Tokens per sequence."""
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    """Compute type; bf16 keeps fp32 master weights and reduces gradients in fp32."""
+    """Compute type; bf16 keeps fp32 master weights and reduces gradients in fp32.  fp64 serves exactness tests and
+    needs run.device=cpu; with `auto` on a machine that has a GPU, that is not noticed before the run starts."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Recompute core attention (`selective`) or whole layers (`full`) in the backward pass."""
     eval_interval: NonNegativeInt = 100

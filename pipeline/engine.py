@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.nn import Module
 
@@ -46,14 +45,14 @@ class Engine:
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
-        return self._run(tokens, num_microbatches, _mean_loss, forward_only=False)
+        return self._run(tokens, num_microbatches, self._mean_loss, forward_only=False)
 
     @torch.no_grad()
     def evaluate(self, tokens: Tensor | None, num_microbatches: int) -> Losses:
         """Losses without gradients; arguments as for `train`."""
         for chunk in self.chunks:
             chunk.eval()
-        return self._run(tokens, num_microbatches, _mean_loss, forward_only=True)
+        return self._run(tokens, num_microbatches, self._mean_loss, forward_only=True)
 
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
@@ -109,15 +108,24 @@ class Engine:
         batch = {"input_ids": inputs.contiguous(), "position_ids": positions.contiguous()}
         if labels:
             batch["labels"] = tokens[:, 1:].contiguous()
-        if self.config.parallel.cp > 1:
-            batch = get_batch_on_this_cp_rank(batch)
-        return {**batch, "attention_mask": None}
+        return {**{name: self._slice_context(value) for name, value in batch.items()}, "attention_mask": None}
 
+    def _slice_context(self, tokens_bs: Tensor) -> Tensor:
+        """This context-parallel rank's share of the sequence: chunks r and 2 CP - 1 - r of 2 CP, equal causal work."""
+        size = self.config.parallel.cp
+        if size == 1:
+            return tokens_bs
+        rank = parallel_state.get_context_parallel_rank()
+        chunks = tokens_bs.chunk(2 * size, dim=1)
+        return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]], dim=1)
 
-def _mean_loss(loss_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over a microbatch for the backward pass, and the loss of each sequence for the books."""
-    loss_bs = loss_bs.to(torch.promote_types(loss_bs.dtype, torch.float32))
-    return loss_bs.mean(), {"value": loss_bs.detach().mean(dim=1)}
+    def _mean_loss(self, loss_bs: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean over a microbatch for the backward pass, and the loss of each sequence for the books.
+
+        The schedule multiplies by CP, because it expects a sum over the rank's tokens divided by all tokens.
+        """
+        loss_bs = loss_bs.to(torch.promote_types(loss_bs.dtype, torch.float32))
+        return loss_bs.mean() / self.config.parallel.cp, {"value": loss_bs.detach().mean(dim=1)}
 
 
 def _keep(logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from pipeline.metrics import METRICS, read_metrics, series
 
 Records = list[dict[str, Any]]
-LAYER_METRIC = re.compile(r"^qsparse_layers/(?P<layer>.+)/(?P<quantity>sparsity|ternary_zeros)$")
+LAYER_METRIC = re.compile(r"^layer_(?P<quantity>sparsity|ternary_zeros)/(?P<layer>.+)$")
 DPI = 130
 TAIL_SHARE = 0.1  # the final training loss is a mean over this last part of the records: single batches are noisy
 
@@ -72,12 +72,9 @@ def compare_runs(run_dirs: Sequence[Path], output: Path) -> str:
     """
     runs: dict[str, Records] = {}
     for run_dir in run_dirs:
-        path = run_dir / "metrics.jsonl"
-        if not path.is_file():
-            raise ValueError(f"{run_dir} is not a run directory: it has no metrics.jsonl")
         if run_dir.resolve().name in runs:
             raise ValueError(f"two runs are called {run_dir.resolve().name!r}; give one of them another folder name")
-        runs[run_dir.resolve().name] = read_metrics(path)
+        runs[run_dir.resolve().name] = read_run(run_dir)
     output.parent.mkdir(parents=True, exist_ok=True)
     figure = loss_figure(runs)
     if figure is not None:
@@ -86,6 +83,21 @@ def compare_runs(run_dirs: Sequence[Path], output: Path) -> str:
     markdown = results_table(runs) + "\n" + differences_table(configs)
     output.with_suffix(".md").write_text(markdown, encoding="utf-8")
     return markdown
+
+
+def read_run(run_dir: Path) -> Records:
+    """The records of a run.
+
+    Raises:
+        ValueError: The folder holds no metrics.jsonl, or an empty one.
+    """
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{run_dir} is not a run directory: it has no metrics.jsonl")
+    records = read_metrics(path)
+    if not records:
+        raise ValueError(f"{path} holds no records; there is nothing to plot")
+    return records
 
 
 def loss_figure(runs: Mapping[str, Records]) -> Figure | None:

@@ -50,8 +50,8 @@ METRICS: tuple[MetricInfo, ...] = (
     MetricInfo("qsparse/sparsity", "1", "share of zero linear-layer inputs, weighted by projection weights"),
     MetricInfo("qsparse/ternary_zeros", "1", "share of zeros among the ternary weights"),
     MetricInfo("qsparse/activated_parameters", "parameter", "parameters a token multiplies: N (1 - sparsity)"),
-    MetricInfo("qsparse_layers/<layer>/sparsity", "1", "share of zeros in this layer's input"),
-    MetricInfo("qsparse_layers/<layer>/ternary_zeros", "1", "share of zeros among this layer's ternary weights"),
+    MetricInfo("layer_sparsity/<layer>", "1", "share of zeros in this layer's input"),
+    MetricInfo("layer_ternary_zeros/<layer>", "1", "share of zeros among this layer's ternary weights"),
 )
 
 
@@ -61,9 +61,8 @@ def metric_info(name: str) -> MetricInfo:
     Raises:
         ValueError: The name is not in the table (the message lists the names that are).
     """
-    prefix, _, rest = name.partition("/")
-    _, _, leaf = rest.rpartition("/")
-    canonical = f"{prefix}/<layer>/{leaf}" if prefix == "qsparse_layers" else name
+    prefix, _, _ = name.partition("/")
+    canonical = f"{prefix}/<layer>" if prefix.startswith("layer_") else name
     for info in METRICS:
         if info.name == canonical:
             return info
@@ -71,8 +70,12 @@ def metric_info(name: str) -> MetricInfo:
 
 
 def layer_metric(layer: str, quantity: str) -> str:
-    """Name of a per-layer metric; `quantity` is `sparsity` or `ternary_zeros`."""
-    return f"qsparse_layers/{layer}/{quantity}"
+    """Name of a per-layer metric; `quantity` is `sparsity` or `ternary_zeros`.
+
+    The quantity comes first: MLflow makes a section of what is before the last slash, so each quantity is one section
+    with a chart per layer.
+    """
+    return f"layer_{quantity}/{layer}"
 
 
 class MetricsLog:

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 EndStatus = Literal["FINISHED", "KILLED", "FAILED"]
+STORE_NAME = "mlflow.db"  # the embedded store of a folder of runs; `qsparse mlflow` looks for it
 BATCH = 1000  # most metrics that a server takes in one log_batch
 PARAM_BATCH = 100
 MAX_NAME = 250
@@ -82,6 +84,18 @@ class RunDescription:
     def database(self) -> Path | None:
         """File of an SQLite store; None for a server."""
         return Path(self.uri.removeprefix("sqlite:///")) if self.uri.startswith("sqlite:") else None
+
+    @property
+    def viewer(self) -> str | None:
+        """Command that shows an SQLite store in a browser; None for a server."""
+        database = self.database
+        if database is None:
+            return None
+        if database.name != STORE_NAME:
+            return f"mlflow ui --backend-store-uri {shlex.quote(self.uri)}"
+        nearby = database.is_relative_to(Path.cwd())
+        root = database.parent.relative_to(Path.cwd()) if nearby else database.parent
+        return f"qsparse mlflow --root {shlex.quote(str(root))}"
 
 
 class MLflowRun:

@@ -9,6 +9,7 @@ initialization does not.
 """
 
 import hashlib
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
@@ -35,6 +37,7 @@ from torch.nn import Module
 
 from moe.spec import QSparseMoESpecProvider
 from pipeline.config import Config, ModelConfig
+from pipeline.cpu_backend import uses_cpu
 from qsparse_layers.rules import ConfiguredLayer, configure_layers, global_paths
 from qsparse_layers.schedules import Schedule
 
@@ -148,7 +151,7 @@ def _build_chunk(config: Config, transformer: TransformerConfig, vocab_size: int
     where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
     return GPTModel(
         config=transformer,
-        transformer_layer_spec=block_spec(transformer, config.model, stage),
+        transformer_layer_spec=block_spec(transformer, config, stage),
         vocab_size=config.model.padded_vocab_size(config.model.vocab_size or vocab_size),
         max_sequence_length=config.training.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(**where),
@@ -161,9 +164,25 @@ def _build_chunk(config: Config, transformer: TransformerConfig, vocab_size: int
     )
 
 
-def block_spec(transformer: TransformerConfig, model: ModelConfig, stage: int | None) -> TransformerBlockSubmodules:
+def uses_transformer_engine(config: Config) -> bool:
+    """Whether attention is Transformer Engine's; `run.backend=auto` takes it on a GPU where it is installed."""
+    if config.run.backend == "auto":
+        return not uses_cpu(config.run.device) and importlib.util.find_spec("transformer_engine") is not None
+    return config.run.backend == "te"
+
+
+def _base_backend(config: Config) -> BackendSpecProvider:
+    if not uses_transformer_engine(config):
+        return LocalSpecProvider()
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()
+
+
+def block_spec(transformer: TransformerConfig, config: Config, stage: int | None) -> TransformerBlockSubmodules:
     """The layers of one chunk; given as block submodules so that the final norm is ours, too."""
-    provider = QSparseMoESpecProvider()
+    model = config.model
+    provider = QSparseMoESpecProvider(_base_backend(config))
     norm = provider.layer_norm(rms_norm=True)
     attention = ModuleSpec(
         module=SelfAttention,
@@ -219,14 +238,16 @@ def initialize_weights(chunk: GPTModel, config: Config) -> None:
 
 
 def _draw(path: str, module: Module, weight: Tensor, std: float, config: Config) -> Tensor:
-    """This rank's shard of the matrix that belongs to `path`, float32."""
+    """This rank's shard of the matrix that belongs to `path`, float64."""
     if path == "output_layer" and config.model.tie_embeddings:
         path = "embedding.word_embeddings"
     digest = hashlib.blake2b(f"{config.run.seed}/{path}".encode(), digest_size=8).digest()
     generator = torch.Generator(weight.device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
     def whole(rows: int, columns: int) -> Tensor:
-        return torch.normal(0.0, std, (rows, columns), generator=generator, device=weight.device)
+        # float64: torch's vectorized float32 normals differ between instruction sets by 1e-7, enough to flip codes
+        size = (rows, columns)
+        return torch.normal(0.0, std, size, generator=generator, device=weight.device, dtype=torch.float64)
 
     if path.endswith("router"):
         return whole(*weight.shape)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from pipeline.batches import BatchReader
+from pipeline.checkpoint import Progress
 from pipeline.config import Config
 from pipeline.config_layers import linear_layers, matching_rule
 from pipeline.config_loader import differences, dump_config
@@ -20,7 +21,8 @@ from pipeline.console import RunConsole, Summary, perplexity
 from pipeline.environment import describe_environment
 from pipeline.figures import plot_run
 from pipeline.learner import StepResult
-from pipeline.metrics import MetricsLog, layer_metric
+from pipeline.metrics import MetricsLog, layer_metric, read_metrics
+from pipeline.ownership import describe
 from pipeline.run_directory import RunDirectory, RunState
 from pipeline.sizes import flops_per_token, memory_estimate, model_size, peak_flops
 from pipeline.start_screen import ParallelGrid, StartScreen, group_layers
@@ -38,10 +40,16 @@ class Reporter:
         world: this process's place in the layout; all ranks but 0 stay silent.
         directory: where everything goes.
         vocab_size: token ids of the tokenizer.
-        step: optimizer steps done before this start.
+        progress: what was done before this start.
+
+    Raises:
+        ValueError: the run's folder, its metrics or the tracking URI cannot be used.
     """
 
-    def __init__(self, config: Config, world: World, directory: RunDirectory, vocab_size: int, step: int) -> None:
+    def __init__(
+        self, config: Config, world: World, directory: RunDirectory, vocab_size: int, progress: Progress
+    ) -> None:
+        step = progress.step
         self.config, self.world, self.directory = config, world, directory
         self.vocab_size, self.first_step, self.step_done = vocab_size, step, step
         self._tokens_per_step = config.training.global_batch_size * config.training.seq_length
@@ -51,12 +59,15 @@ class Reporter:
         self._sample = ""
         self._state: tuple[RunState, str] = ("failed", "the process ended without saying why")
         self._metrics: MetricsLog | None = None
+        self._evaluated: set[int] = set()
         if world.is_main:
             environment = describe_environment()
             directory.create(dump_config(config), environment)
             directory.write_status("running", step, "resumed" if step else "started")
             self._metrics = MetricsLog(directory.metrics)
             self._metrics.rewind(step)
+            # A run killed in its last moments evaluates once more at a step that is already in the file.
+            self._evaluated = {record["step"] for record in read_metrics(directory.metrics) if "val/loss" in record}
         tags = {key: str(value) for key, value in describe_environment().items()} if world.is_main else {}
         self._tracker = make_tracker(config, directory, rank=world.rank, tags=tags)
         self._console = RunConsole(config.training.steps, rank=world.rank, log_file=directory.log(0))
@@ -98,7 +109,7 @@ class Reporter:
             "train/grad_norm": result.grad_norm,
             "train/lr": result.lr,
             "train/weight_decay": result.weight_decay,
-            "train/tokens": float(step * self._tokens_per_step),
+            "train/tokens": float(result.consumed_samples * self.config.training.seq_length),
             "perf/step_seconds": seconds,
             "perf/tokens_per_second": self._tokens_per_step / seconds,
             "perf/data_wait_seconds": waited,
@@ -119,7 +130,8 @@ class Reporter:
         self._val_loss = loss
         self._last_time += seconds
         if self.world.is_main:
-            self._write({"val/loss": loss, "val/perplexity": perplexity(loss)}, step)
+            if step not in self._evaluated:
+                self._write({"val/loss": loss, "val/perplexity": perplexity(loss)}, step)
             self._console.evaluation(step, loss, seconds)
 
     def checkpoint(self, step: int, folder: Path, seconds: float) -> None:
@@ -142,18 +154,21 @@ class Reporter:
 
     def failed(self, error: BaseException) -> None:
         """The run ends with an error."""
-        self._state = ("failed", f"{type(error).__name__}: {error}")
+        self._state = ("failed", describe(error))
 
     def close(self) -> None:
-        """Draw the figures, finish tracking, write the final status and the last panel."""
+        """Write the final status, draw the figures, finish tracking and print the last panel."""
         if not self.world.is_main:
             return
         state, reason = self._state
         assert self._metrics is not None
         self._metrics.close()
-        if self.directory.metrics.stat().st_size:
-            plot_run(self.directory.metrics, self.directory.figures)
+        known = self.directory.read_status()
+        if state == "failed" and known is not None and known["state"] == "failed":
+            reason = known["reason"]  # of the rank that failed first: ours is only that it is gone
+        # First, because everything below takes seconds that a preempted job may not have.
         self.directory.write_status(state, self.step_done, reason)
+        self._plot()
         undelivered = self._tracker.close(STATUS_OF_STATE[state])
         self._console.finish(
             Summary(
@@ -171,6 +186,14 @@ class Reporter:
             )
         )
         self._console.close()
+
+    def _plot(self) -> None:
+        if not self.directory.metrics.stat().st_size:
+            return
+        try:
+            plot_run(self.directory.metrics, self.directory.figures)
+        except Exception as error:  # a run that is trained and saved must not fail for a picture
+            self._console.message(f"figures are not drawn: {describe(error)}", style="yellow")
 
     def _write(self, record: dict[str, float], step: int) -> None:
         assert self._metrics is not None
@@ -217,6 +240,17 @@ class Reporter:
             tracking=self._tracker.location,
             memory_bytes=memory_estimate(config, self.vocab_size, self.world.dp_size),
             resumed_step=self.first_step or None,
+        )
+
+
+def tell_complete(config: Config, world: World, directory: RunDirectory, step: int) -> None:
+    """Say that there is nothing left to train; touches nothing."""
+    if world.is_main:
+        total = f"training.steps={config.training.steps}"
+        print(
+            f"run {config.run.name} is complete: {step} steps are done, {total}. It is in {directory.path}; raise "
+            "training.steps to train on, or choose another run.name",
+            flush=True,
         )
 
 

@@ -4,7 +4,9 @@ megatron-core may only be imported after `cpu_backend.install`, which needs the 
 functions of this one module.
 """
 
+import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from pipeline import cpu_backend
 from pipeline.config import Config
-from pipeline.config_loader import load_config
+from pipeline.config_loader import ConfigError, load_config
+from pipeline.errors import AgreedError, UserError
 from pipeline.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -40,19 +43,47 @@ class OpenRun:
 
 
 def run_ranks(work: Callable[[], None]) -> None:
-    """Run `work`; a user's mistake (ValueError) becomes one line and exit code 2 instead of a traceback."""
+    """Run `work`; an error that speaks for itself becomes one line and an exit code instead of a traceback per rank.
+
+    QSPARSE_TRACEBACK=1 in the environment shows the tracebacks.
+    """
     try:
         work()
-    except ValueError as error:
-        if type(error).__module__.startswith(("pipeline.", "qsparse_layers.", "moe.")):
+    except (AgreedError, ValueError) as error:
+        if os.environ.get("QSPARSE_TRACEBACK") or not _speaks_for_itself(error):
+            raise
+        # Every rank has an agreed error, and every rank of a node reads the same configuration: told once per node.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, AgreedError | ConfigError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(USER_ERROR)
-        raise
+        sys.exit(USER_ERROR if isinstance(error, ValueError) else 1)
+
+
+def _speaks_for_itself(error: Exception) -> bool:
+    return type(error).__module__.startswith(("pipeline.", "qsparse_layers.", "moe."))
 
 
 def prepare_process(config: Config) -> None:
-    """Make megatron-core importable on this process's device."""
+    """Check that the processes fit the layout, and make megatron-core importable on this process's device.
+
+    Raises:
+        UserError: their number does not fit, or nobody started them.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        raise UserError("this is one rank of a run: start it through `qsparse train`, or through torchrun")
+    try:
+        config.check_world_size(int(os.environ["WORLD_SIZE"]))
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    _quiet_libraries()
     cpu_backend.install(cpu=cpu_backend.uses_cpu(config.run.device))
+
+
+def _quiet_libraries() -> None:
+    """Silence what the libraries say about themselves at every start: with us none of it asks for an action."""
+    for library in ("megatron", "torch.distributed"):
+        warnings.filterwarnings("ignore", module=rf"{library}\.")
+    # megatron-core's distributed optimizer looks at gradients of views.
+    warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
 
 
 @contextmanager
@@ -61,7 +92,7 @@ def open_run(path: Path) -> Iterator[OpenRun]:
 
     Raises:
         ConfigError: `path` holds no configuration.
-        CheckpointError: there is no complete checkpoint.
+        UserError: there is no complete checkpoint, or the dataset is missing or damaged.
     """
     directory = RunDirectory(path)
     config = load_config(directory.config)
@@ -70,13 +101,14 @@ def open_run(path: Path) -> Iterator[OpenRun]:
     from pipeline.data.loader import WindowDataset
     from pipeline.learner import Learner
     from pipeline.sparsity import SparsityMeter
-    from pipeline.world import parallel_world
+    from pipeline.world import agreement, on_main, parallel_world
 
     with parallel_world(config) as world:
-        folder = Checkpoints(directory.checkpoints, config.checkpoint).require_latest()
-        progress = read_progress(folder)
-        data = WindowDataset(config.data.path, "val", seq_length=config.training.seq_length, seed=config.data.seed)
-        check_fits(progress, model_shape(config, data.vocab_size), folder)
+        folder = on_main(Checkpoints(directory.checkpoints, config.checkpoint).require_latest)
+        with agreement():
+            progress = read_progress(folder)
+            data = WindowDataset(config.data.path, "val", seq_length=config.training.seq_length, seed=config.data.seed)
+            check_fits(progress, model_shape(config, data.vocab_size), folder)
         learner = Learner(config, world, data, data.vocab_size)
         load(folder, learner.chunks, None)
         learner.model.schedule.step = progress.step

@@ -28,7 +28,7 @@ from typing import Any, Protocol, Self
 from pipeline.config import Config
 from pipeline.config_loader import differences, load_config
 from pipeline.metrics import read_metrics
-from pipeline.mlflow_run import BATCH, EndStatus, MLflowRun, Point, RejectedError, RunDescription, points_of
+from pipeline.mlflow_run import BATCH, STORE_NAME, EndStatus, MLflowRun, Point, RejectedError, RunDescription, points_of
 from pipeline.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -115,6 +115,7 @@ class MLflowTracker:
     ) -> None:
         description = RunDescription(uri, experiment, run_name, dict(params), dict(tags))
         self._uri, self._directory, self._flush_s = uri, directory, flush_s
+        self._viewer = description.viewer
         self._run = MLflowRun(description, directory)
         backlog = read_metrics(directory.metrics) if directory.metrics.exists() else []
         self._records: deque[dict[str, Any]] = deque(backlog)
@@ -137,9 +138,7 @@ class MLflowTracker:
     @property
     def location(self) -> str:
         """The run's page on a server, else the command that opens the SQLite store."""
-        if self._uri.startswith("sqlite:"):
-            return f"mlflow ui --backend-store-uri {self._uri}"
-        return _without_password(self._run.url or self._uri)
+        return self._viewer or _without_password(self._run.url or self._uri)
 
     @property
     def undelivered(self) -> int:
@@ -305,7 +304,7 @@ def resolve_uri(config: Config, environment: Mapping[str, str]) -> str:
     if uri is None:
         uri, source = environment.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI"
     if not uri:
-        return f"sqlite:///{(config.run.root / 'mlflow.db').resolve()}"
+        return f"sqlite:///{(config.run.root / STORE_NAME).resolve()}"
     if re.match(r"(https?|postgresql|mysql|mssql)(\+\w+)?://\S|databricks", uri):
         return uri
     path = uri.removeprefix("sqlite:///")

@@ -1,9 +1,11 @@
 """Train or resume a run: every rank runs this module, started by `qsparse train` or by torchrun."""
 
 import argparse
+from contextlib import closing
 from pathlib import Path
 
 from pipeline.config_loader import load_config
+from pipeline.run_directory import RunDirectory
 from pipeline.run_entry import prepare_process, run_ranks
 
 
@@ -13,18 +15,28 @@ def main() -> None:
     parser.add_argument("config", type=Path, help="configuration file (YAML)")
     parser.add_argument("overrides", nargs="*", help="KEY=VALUE")
     arguments = parser.parse_args()
-    run_ranks(lambda: _train(arguments.config, arguments.overrides))
+    run_ranks(lambda: train(arguments.config, arguments.overrides))
 
 
-def _train(path: Path, overrides: list[str]) -> None:
+def train(path: Path, overrides: list[str]) -> None:
+    """Train the run of a configuration on this rank, or say that it is complete."""
     config = load_config(path, overrides)
     prepare_process(config)
     # megatron-core may be imported only now
+    from pipeline.ownership import owned
+    from pipeline.reporter import tell_complete
+    from pipeline.start import find_start, open_data
     from pipeline.trainer import Trainer
     from pipeline.world import parallel_world
 
-    with parallel_world(config) as world, Trainer(config, world) as trainer:
-        trainer.run()
+    directory = RunDirectory(config.run.root / config.run.name)
+    with parallel_world(config) as world, owned(directory, world), closing(open_data(config)) as data:
+        start = find_start(config, directory, data)
+        if start.is_complete:
+            tell_complete(config, world, directory, start.progress.step)
+            return
+        with Trainer(config, world, directory, data, start) as trainer:
+            trainer.run()
 
 
 if __name__ == "__main__":

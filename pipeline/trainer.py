@@ -7,10 +7,8 @@ import time
 from types import TracebackType
 from typing import Self
 
-from pipeline.checkpoint import Checkpoints, Progress, check_fits, load, model_shape, read_progress
+from pipeline.checkpoint import Checkpoints, Progress, load, model_shape, optimizer_format
 from pipeline.config import Config
-from pipeline.data.errors import DataError
-from pipeline.data.loader import WindowDataset
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.generate import generate
 from pipeline.learner import Learner, StepResult
@@ -18,7 +16,8 @@ from pipeline.reporter import Reporter
 from pipeline.run_directory import RunDirectory
 from pipeline.signals import StopRequest
 from pipeline.sparsity import SparsityMeter
-from pipeline.world import World
+from pipeline.start import Datasets, StartingPoint
+from pipeline.world import World, agreement
 
 SAMPLE_PROMPT = "def "
 
@@ -29,30 +28,32 @@ class Trainer:
     Args:
         config: the run.
         world: this process's place in the layout.
+        directory: the run's folder, which this start owns.
+        data: the run's dataset.
+        start: where to begin.
 
     Raises:
-        DataError: the dataset is missing or damaged.
-        CheckpointError: the run's checkpoints, or `checkpoint.load`, belong to another model or data order.
+        UserError: the checkpoint cannot be read, or the run's folder not be written.
     """
 
-    def __init__(self, config: Config, world: World) -> None:
-        self.config, self.world = config, world
-        self.train_data = self._open("train")
-        self.val_data = self._open("val")
-        self.vocab_size = self.train_data.vocab_size
-        check_vocabulary(config, self.vocab_size)
-        self.directory = RunDirectory(config.run.root / config.run.name)
-        self.checkpoints = Checkpoints(self.directory.checkpoints, config.checkpoint)
-        self.learner = Learner(config, world, self.train_data, self.vocab_size)
-        self.progress = self._resume()
+    def __init__(
+        self, config: Config, world: World, directory: RunDirectory, data: Datasets, start: StartingPoint
+    ) -> None:
+        self.config, self.world, self.data = config, world, data
+        self.vocab_size = data.train.vocab_size
+        self.checkpoints = Checkpoints(directory.checkpoints, config.checkpoint)
+        self.learner = Learner(config, world, data.train, self.vocab_size)
+        self.first_step = start.progress.step
+        self._load(start)
         self.sparsity = SparsityMeter(self.learner.model.layers, self.learner.model.schedule, world)
-        self.reporter = Reporter(config, world, self.directory, self.vocab_size, self.progress.step)
+        with agreement():
+            self.reporter = Reporter(config, world, directory, self.vocab_size, start.progress)
         self.stop_request = StopRequest()
 
     def run(self) -> None:
         """Train from the last checkpoint to `training.steps`, or until a stop signal."""
-        step = self.progress.step
-        self.reporter.start(self.sparsity.num_weights, self.train_data.num_windows)
+        step = self.first_step
+        self.reporter.start(self.sparsity.num_weights, self.data.train.num_windows)
         saved = step
         while step < self.config.training.steps:
             result = self._train_step(step)
@@ -81,17 +82,19 @@ class Trainer:
 
     def _evaluate(self, step: int) -> float:
         start = time.perf_counter()
-        loss = self.learner.evaluate(self.val_data)
+        loss = self.learner.evaluate(self.data.val)
         self.reporter.evaluation(step, loss, time.perf_counter() - start)
         return loss
 
     def _save(self, step: int) -> None:
         start = time.perf_counter()
+        self.learner.check_weights(step)
         progress = Progress(
             step=step,
-            consumed_samples=step * self.config.training.global_batch_size,
-            data_fingerprint=self.train_data.fingerprint,
+            consumed_samples=self.learner.consumed_samples(step),
+            data_fingerprint=self.data.train.fingerprint,
             model_shape=model_shape(self.config, self.vocab_size),
+            optimizer_format=optimizer_format(self.config),
         )
         folder = self.checkpoints.save(self.learner.chunks, self.learner.optimizer, progress)
         self.reporter.checkpoint(step, folder, time.perf_counter() - start)
@@ -101,33 +104,23 @@ class Trainer:
         sample = ""
         if self.config.training.sample_tokens:
             sample = generate(
-                *(self.learner.engine, load_tokenizer(self.val_data.tokenizer_path)),
+                *(self.learner.engine, load_tokenizer(self.data.val.tokenizer_path)),
                 *(SAMPLE_PROMPT, self.config.training.sample_tokens),
                 seq_length=self.config.training.seq_length,
                 device=self.world.device,
             )
         self.reporter.completed(step, loss, sample)
 
-    def _resume(self) -> Progress:
-        """Load the run's newest checkpoint, or the weights of `checkpoint.load`, or start from scratch."""
-        shape = model_shape(self.config, self.vocab_size)
-        if folder := self.checkpoints.latest():
-            progress = read_progress(folder)
-            check_fits(progress, shape, folder, self.train_data.fingerprint)
-            load(folder, self.learner.chunks, self.learner.optimizer)
-            return progress
-        if folder := self.config.checkpoint.load:
-            check_fits(read_progress(folder), shape, folder)
-            load(folder, self.learner.chunks, None)
+    def _load(self, start: StartingPoint) -> None:
+        if start.resume is not None:
+            load(start.resume, self.learner.chunks, self.learner.optimizer)
+            self.learner.continue_from(start.progress.step, start.progress.consumed_samples)
+        elif start.weights is not None:
+            load(start.weights, self.learner.chunks, None)
             self.learner.optimizer.reload_model_params()
-        return Progress()
 
     def _due(self, step: int, interval: int) -> bool:
         return interval > 0 and step % interval == 0 and step < self.config.training.steps
-
-    def _open(self, split: str) -> WindowDataset:
-        length = self.config.training.seq_length
-        return WindowDataset(self.config.data.path, split, seq_length=length, seed=self.config.data.seed)  # type: ignore[arg-type]
 
     def __enter__(self) -> Self:
         self.stop_request.__enter__()
@@ -136,28 +129,9 @@ class Trainer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.stop_request.__exit__()
-        if error is not None:
-            self.reporter.failed(error)
-        self.reporter.close()
-        self.train_data.close()
-        self.val_data.close()
-
-
-def check_vocabulary(config: Config, vocab_size: int) -> None:
-    """The dataset's token ids must have rows in the embedding table, and the table must divide over the TP ranks.
-
-    Raises:
-        DataError: names key, value and the dataset's vocabulary.
-    """
-    model, tp = config.model, config.parallel.tp
-    if model.vocab_size is not None and model.vocab_size < vocab_size:
-        raise DataError(
-            f"model.vocab_size={model.vocab_size} is smaller than the {vocab_size} token ids of the tokenizer in "
-            f"data.path={config.data.path}; leave model.vocab_size absent or use at least {vocab_size}"
-        )
-    if (padded := model.padded_vocab_size(model.vocab_size or vocab_size)) % tp:
-        raise DataError(
-            f"the vocabulary of {padded} (padded to model.vocab_multiple={model.vocab_multiple}) does not divide over "
-            f"parallel.tp={tp}; make model.vocab_multiple a multiple of {tp}"
-        )
+        try:
+            if error is not None:
+                self.reporter.failed(error)
+            self.reporter.close()
+        finally:
+            self.stop_request.__exit__()  # only now: when one rank ends early, torchrun sends SIGTERM to the others

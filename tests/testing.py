@@ -13,10 +13,15 @@ ROOT = Path(__file__).parent.parent
 
 
 class TextWindows:
-    """Bytes of the standard library's source as an endless stream of windows; the vocabulary is 256."""
+    """Bytes of text as an endless stream of windows; the vocabulary is 256.
 
-    def __init__(self, seq_length: int, num_files: int = 40) -> None:
-        files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:num_files]
+    Args:
+        seq_length: tokens per window, less one.
+        text: file to read; absent: the first modules of the standard library.
+    """
+
+    def __init__(self, seq_length: int, text: Path | None = None) -> None:
+        files = [text] if text else sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:40]
         self._bytes = np.frombuffer(b"".join(file.read_bytes() for file in files), dtype=np.uint8)
         self._seq_length = seq_length
 
@@ -30,10 +35,11 @@ class TextWindows:
 def torchrun(module: str, *arguments: str, nproc: int, timeout: float = 300) -> str:
     """Run `python -m module` in `nproc` processes; returns the output, raises with it if a process fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
+    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
         [*command, "--module", module, *arguments],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path, "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -41,7 +47,6 @@ def torchrun(module: str, *arguments: str, nproc: int, timeout: float = 300) -> 
         check=False,
     )
     if result.returncode:
-        raise AssertionError(
-            f"{module} {' '.join(arguments)} failed with {result.returncode}:\n{result.stdout[-6000:]}"
-        )
+        ranks = result.stdout.split("torch.distributed.elastic")[0]  # what follows is torchrun's own traceback
+        raise AssertionError(f"{module} failed with {result.returncode}:\n{ranks[-6000:]}")
     return result.stdout

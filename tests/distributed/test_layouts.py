@@ -19,6 +19,7 @@ FULL = {"sparsity": 0.4, "weights": "ternary", "activations": "int8", "sub_norm"
 NO_SUB_NORM = {**FULL, "sub_norm": False}
 BLOCK = {**FULL, "sparsity": 0.5, "pattern": "block", "block_size": 16}
 DENSE: dict[str, Any] = {}
+MOE = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 48, "layer_frequency": 2}
 
 TP = {"tp": 2}
 TP_SP = {"tp": 2, "sequence_parallel": True}
@@ -32,12 +33,20 @@ TP_DP_SP = {**TP_SP, **DP}
 Trajectory = dict[str, list[float]]
 
 
-def case(qsparse: dict, precision: str, parallel: dict, *, steps: int = 20, recompute: str = "none") -> dict[str, Any]:
+def case(
+    qsparse: dict,
+    precision: str,
+    parallel: dict,
+    *,
+    steps: int = 20,
+    recompute: str = "none",
+    moe: dict | None = None,
+) -> dict[str, Any]:
     model = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2}
     training = {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": 8, "eval_sequences": 6}
     return {
         "run": {"device": "cpu"},
-        "model": {**model, "qsparse": qsparse},
+        "model": {**model, "qsparse": qsparse, "moe": moe},
         "parallel": parallel,
         "training": {**training, "steps": steps, "precision": precision, "recompute": recompute},
         "optimizer": {"lr": 3e-3, "stage2_lr": 2e-3, "warmup_steps": 2 if steps > 2 else 0, "clip_grad": 0.0},
@@ -52,6 +61,7 @@ REFERENCES = {
     "full-fp32-step": case(FULL, "fp32", {}, steps=1),
     "block-fp32-step": case(BLOCK, "fp32", {}, steps=1),
     "full-bf16-step": case(FULL, "bf16", {}, steps=1),
+    "moe-fp64": case(FULL, "fp64", {}, moe=MOE),
 }
 LAYOUTS = {
     2: {
@@ -71,6 +81,8 @@ LAYOUTS = {
         "full-fp32-step:tp2-sp": case(FULL, "fp32", TP_SP, steps=1),
         "block-fp32-step:tp2": case(BLOCK, "fp32", TP, steps=1),
         "full-bf16-step:tp2-sp": case(FULL, "bf16", TP_SP, steps=1),
+        "moe-fp64:ep2-alltoall": case(FULL, "fp64", {"ep": 2}, moe=MOE),
+        "moe-fp64:ep2-allgather": case(FULL, "fp64", {"ep": 2}, moe={**MOE, "dispatcher": "allgather"}),
     },
     4: {
         "full-fp64:tp2-pp2-sp": case(FULL, "fp64", TP_PP_SP),
@@ -103,9 +115,9 @@ def test_layout_gives_the_losses_of_one_process(nproc: int, name: str) -> None:
     expected, found = trajectories(1)[reference_name], trajectories(nproc)[name]
     tolerance = next(value for suffix, value in TOLERANCE.items() if reference_name.endswith(suffix))
     assert found["loss"] == pytest.approx(expected["loss"], rel=tolerance)
-    assert found["val"] == pytest.approx(expected["val"], rel=tolerance)
-    if "step" in reference_name:
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=100 * tolerance)
+    assert found["val"] == pytest.approx(expected["val"], rel=10 * tolerance if "bf16" in name else tolerance)
+    # Adam hides a wrong gradient scale, its norm shows one; megatron-core computes norms in float32.
+    assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=max(1e-5, 10 * tolerance))
 
 
 def test_the_losses_fall_and_differ_between_formats() -> None:

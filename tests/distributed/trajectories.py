@@ -1,17 +1,21 @@
 """Train the same small model under many layouts and write down the losses; run it with torchrun.
 
 One launch runs all layouts that fit its number of processes, since importing torch and megatron-core takes longer than
-training.  Arguments: a JSON file of {name: config dictionary} and a JSON file to write {name: trajectory} to.
+training.  Arguments: a JSON file of {name: config dictionary}, a JSON file to write {name: trajectory} to, and the text
+file to train on (absent: the standard library's source).
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
-from pipeline.cpu_backend import install
+from pipeline.cpu_backend import install, uses_cpu
 
-if __name__ == "__main__":
-    install(cpu=True)
+if __name__ == "__main__":  # megatron-core may be imported only after this
+    CASES = json.loads(Path(sys.argv[1]).read_text())
+    CPU = uses_cpu(next(iter(CASES.values()))["run"]["device"])
+    install(cpu=CPU)
 
 import torch
 import torch.distributed as dist
@@ -23,11 +27,11 @@ from pipeline.world import current_world, initialize_layout
 from tests.testing import TextWindows
 
 
-def trajectory(config: Config) -> dict[str, list[float]]:
+def trajectory(config: Config, text: Path | None) -> dict[str, list[float]]:
     """Losses and gradient norms of all steps, and the held-out loss at the end."""
     initialize_layout(config)
     try:
-        data = TextWindows(config.training.seq_length)
+        data = TextWindows(config.training.seq_length, text)
         learner = Learner(config, current_world(config), data, vocab_size=256)
         results = [learner.step(step) for step in range(config.training.steps)]
         return {
@@ -39,15 +43,17 @@ def trajectory(config: Config) -> dict[str, list[float]]:
         parallel_state.destroy_model_parallel()
 
 
-def main(cases: Path, output: Path) -> None:
+def main(cases: dict[str, dict], output: Path, text: Path | None, *, cpu: bool) -> None:
     """Run every case and write the trajectories on rank 0."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    results = {name: trajectory(Config(**values)) for name, values in json.loads(cases.read_text()).items()}
+    if not cpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo" if cpu else "nccl")
+    results = {name: trajectory(Config(**values), text) for name, values in cases.items()}
     if dist.get_rank() == 0:
         output.write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(CASES, Path(sys.argv[2]), Path(sys.argv[3]) if len(sys.argv) > 3 else None, cpu=CPU)

@@ -1,12 +1,14 @@
-"""Every command that README.md and docs/ show to a reader: parsed always, run under `-m docs`.
+"""Every command and Python snippet that README.md and docs/ show to a reader: parsed always, run under `-m docs`.
 
 A fenced block says what it is by its info string:
 
     ```bash                 run from the repository root, as one script with `set -euo pipefail`; blocks of one page
                             run in the order of the page and may build on each other
     ```bash gpu             the same, skipped here with a reason; so are `cluster` (needs SLURM or several machines),
-                            `serve` (runs until it is stopped), `example` (stands for your own files or servers) and
-                            `setup` (clones or installs what is already here)
+                            `serve` (runs until it is stopped), `example` (stands for your own files or servers),
+                            `setup` (clones or installs what is already here) and `ci` (is a stage of .ci/run itself,
+                            which a test compares with it)
+    ```python               run from the repository root by this interpreter; the same words skip it
     ```console ```text ...  anything else is an illustration and not looked at
 
 Skipped blocks are checked too: bash must parse them, `qsparse` must accept the arguments, configurations must load.
@@ -34,14 +36,16 @@ SKIPPED = {
     "serve": "runs until it is stopped",
     "example": "stands for your own files or servers",
     "setup": "clones or installs what is already here",
+    "ci": "is a stage of .ci/run itself",
 }
-FENCE = re.compile(r"^( *)```bash *([^\n`]*)\n(.*?)^\1``` *$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^( *)```(bash|python) *([^\n`]*)\n(.*?)^\1``` *$", re.MULTILINE | re.DOTALL)
 TIMEOUT_S = 1800
 
 
 class Block(NamedTuple):
     page: Path
     line: int
+    language: str
     tags: tuple[str, ...]
     script: str
 
@@ -51,13 +55,14 @@ class Block(NamedTuple):
 
 
 def find_blocks(page: Path) -> list[Block]:
-    """The bash blocks of a page, indentation (inside lists) removed."""
+    """The bash and Python blocks of a page, indentation (inside lists) removed."""
     text = page.read_text(encoding="utf-8")
     blocks = []
     for match in FENCE.finditer(text):
-        indent, tags, body = match.groups()
+        indent, language, tags, body = match.groups()
         script = "".join(line.removeprefix(indent) for line in body.splitlines(keepends=True))
-        blocks.append(Block(page, text.count("\n", 0, match.start()) + 1, tuple(tags.split()), script))
+        line = text.count("\n", 0, match.start()) + 1
+        blocks.append(Block(page, line, language, tuple(tags.split()), script))
     return blocks
 
 
@@ -99,16 +104,22 @@ def logical_lines(script: str) -> Iterator[list[str]]:
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))] if page.is_file()]
 BLOCKS = [block for page in PAGES for block in find_blocks(page)]
 each_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
+each_bash_block = pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if block.language == "bash"], ids=lambda block: block.name
+)
 
 
 @each_block
 def test_block_is_well_formed(block):
     assert set(block.tags) <= set(SKIPPED), f"{block.name}: unknown tag among {block.tags}; known: {', '.join(SKIPPED)}"
+    if block.language == "python":
+        compile(block.script, block.name, "exec")
+        return
     result = subprocess.run(["bash", "-n", "-c", block.script], capture_output=True, text=True, timeout=30)
     assert result.returncode == 0, f"{block.name}: {result.stderr}"
 
 
-@each_block
+@each_bash_block
 def test_qsparse_accepts_the_arguments(block, monkeypatch):
     monkeypatch.chdir(ROOT)
     for arguments in qsparse_commands(block.script):
@@ -128,6 +139,13 @@ def check_arguments(arguments: list[str], place: str) -> None:
         load_config(parsed.config, split_overrides([*parsed.overrides, *rest])[1])
 
 
+@pytest.mark.parametrize("block", [block for block in BLOCKS if "ci" in block.tags], ids=lambda block: block.name)
+def test_ci_runs_what_is_left_to_it(block):
+    stages = re.findall(r"^stage \w+ (.+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    commands = [re.sub(r"\s+#.*", "", line) for line in block.script.splitlines()]
+    assert set(commands) <= set(stages), f"{block.name}: .ci/run has only {', '.join(stages)}"
+
+
 @pytest.mark.docs
 @each_block
 def test_block_runs(block):
@@ -135,7 +153,8 @@ def test_block_runs(block):
         pytest.skip(f"{block.name}: {SKIPPED[tag]}")
     # The commands of this interpreter's environment, wherever the caller's shell looks.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    command = ["bash", "-euo", "pipefail", "-c", block.script]
+    runner = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euo", "pipefail", "-c"]
+    command = [*runner, block.script]
     result = subprocess.run(
         command,
         cwd=ROOT,
@@ -165,15 +184,19 @@ lines"
 ```console
 $ qsparse nonsense
 ```
+```python
+print(1)
+```
 """
 
 
 def test_blocks_are_found(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(PAGE)
-    first, second = find_blocks(page)
-    assert (first.line, first.tags) == (2, ())
-    assert (second.line, second.tags) == (11, ("gpu",))
+    first, second, third = find_blocks(page)
+    assert (first.line, first.language, first.tags) == (2, "bash", ())
+    assert (second.line, second.language, second.tags) == (11, "bash", ("gpu",))
+    assert (third.line, third.language, third.script) == (17, "python", "print(1)\n")
     assert second.script == "qsparse train configs/gpt_7b.yaml --nproc 8 parallel.dp=2\n"
     assert qsparse_commands(first.script) == [
         ["train", "configs/quickstart.yaml", "training.steps=5"],

@@ -32,7 +32,10 @@ def qsparse(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--help"], ["train", "generate", "evaluate", "config", "data", "mlflow", "doctor", "qsparse train configs/"]),
+        (
+            ["--help"],
+            ["train", "generate", "evaluate", "config", "data", "report", "mlflow", "track", "doctor", "configs/"],
+        ),
         (["train", "--help"], ["CONFIG", "KEY=VALUE", "--nproc", "examples:"]),
         (["generate", "--help"], ["RUN_DIR", "--prompt", "--tokens", "example:"]),
         (["evaluate", "--help"], ["RUN_DIR", "example:"]),
@@ -40,6 +43,9 @@ def qsparse(tmp_path):
         (["data", "--help"], ["prepare"]),
         (["data", "prepare", "--help"], ["--source", "--output"]),
         (["mlflow", "--help"], ["--root", "--port", "example:"]),
+        (["report", "--help"], ["RUN_DIR", "--output", "examples:"]),
+        (["track", "--help"], ["sync"]),
+        (["track", "sync", "--help"], ["RUN_DIR", "example:"]),
     ],
 )
 def test_help(qsparse, arguments, expected):
@@ -70,6 +76,8 @@ def test_help(qsparse, arguments, expected):
         ),
         (["evaluate", "runs/x"], "qsparse: runs/x is not the directory of a run: it has no config.yaml"),
         (["mlflow"], "qsparse: --root runs has no mlflow.db: no run has been logged there"),
+        (["report", "runs/x"], "qsparse: runs/x is not a run directory: it has no metrics.jsonl"),
+        (["report", ".", "--output", "x.png"], "qsparse: --output is for comparing several runs"),
         (["config", "diff", "bad.yaml"], "bad.yaml:2: model.num_layers: input should be greater than 0 (got 0)"),
     ],
 )
@@ -121,6 +129,25 @@ def test_config_schema(qsparse, tmp_path):
     assert "defaults" in json.loads(printed)["properties"]
     qsparse("config", "schema", "--output", "schema.json")
     assert (tmp_path / "schema.json").read_text() == printed
+
+
+def test_report_of_one_run_and_of_two(qsparse, tmp_path):
+    for name, loss in (("a", 2.0), ("b", 1.0)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text(f"run: {{name: {name}}}\noptimizer: {{lr: {loss}}}\n")
+        records = [{"step": step, "time_ms": 0, "train/loss": loss / step, "train/lr": 0.1} for step in (1, 2)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    one = qsparse("report", "a")
+    assert (one.returncode, one.stderr) == (0, "")
+    assert one.stdout.startswith("a/figures/loss.png\na/figures/schedule.png\n\n| run |")
+    assert "| a | 2 | - | 1.0000 |" in one.stdout
+    two = qsparse("report", "a", "b", "--output", "out/both.png")
+    assert (two.returncode, two.stderr) == (0, "")
+    assert two.stdout.endswith((tmp_path / "out" / "both.md").read_text())
+    assert "| `optimizer.lr` | 2.0 | 1.0 |" in two.stdout
+    assert (tmp_path / "out" / "both.png").stat().st_size > 10_000
+    qsparse("report", "a", "b")
+    assert (tmp_path / "compare.png").is_file()
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path):

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def test_torchrun_command():
     assert torchrun_command("pipeline.train", ["a.yaml", "x.y=1"], 4)[1:] == [
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4",
+        "-m", "pipeline.torchrun", "--standalone", "--nproc-per-node=4",
         "--module", "pipeline.train", "a.yaml", "x.y=1",
     ]  # fmt: skip
 
@@ -96,7 +96,8 @@ def test_inside_torchrun_train_becomes_the_rank(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "command",
     ["train a", "generate a --prompt b", "evaluate a", "config show", "config check a", "config diff a",
-     "config schema", "data prepare --output a", "data info a", "data verify a", "mlflow", "doctor"],
+     "config schema", "data prepare --output a", "data info a", "data verify a", "report a b", "mlflow",
+     "track sync a", "doctor"],
 )  # fmt: skip
 def test_every_command_sets_run(command):
     assert callable(build_parser().parse_args(command.split()).run)
@@ -171,10 +172,13 @@ def test_second_signal_ends_the_launcher():
 
 
 @pytest.mark.skipif(find_spec("torch") is None, reason="torch is not installed")
-def test_torchrun_itself_starts_ranks_and_passes_their_exit_code(tmp_path):
-    (tmp_path / "rank.py").write_text("import os, sys; print(os.environ['WORLD_SIZE'], sys.argv[1:]); sys.exit(0)\n")
-    environment = rank_environment(Config(), {**os.environ, "PYTHONPATH": str(tmp_path)})
+@pytest.mark.parametrize("code", [0, 2])
+def test_torchrun_itself_starts_ranks_and_passes_their_exit_code(tmp_path, code):
+    (tmp_path / "rank.py").write_text(
+        f"import os, sys; print(os.environ['WORLD_SIZE'], sys.argv[1:]); sys.exit({code})\n"
+    )
+    environment = rank_environment(Config(), {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     result = subprocess.run(
         torchrun_command("rank", ["a=b"], 1), env=environment, text=True, capture_output=True, timeout=120
     )
-    assert (result.returncode, result.stdout) == (0, "1 ['a=b']\n")
+    assert (result.returncode, result.stdout) == (code, "1 ['a=b']\n")

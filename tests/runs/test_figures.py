@@ -29,7 +29,7 @@ def write_run(folder: Path, *, scale: float = 1.0, config: str = "a: 1\n", layer
                 "perf/tokens_per_second": 1000.0 + step,
             }
             if layers:
-                record |= {f"qsparse_layers/decoder.layers.{i}.linear_fc1/sparsity": i / 20 for i in range(12)}
+                record |= {f"layer_sparsity/decoder.layers.{i}.linear_fc1": i / 20 for i in range(12)}
                 record |= {"qsparse/sparsity": 0.25, "qsparse/ternary_zeros": 0.3}
             log.write(record, step)
             if step % 100 == 0:
@@ -83,8 +83,8 @@ def test_layer_heat_map_holds_every_layer_in_natural_order(tmp_path: Path) -> No
 
 def test_a_layer_missing_from_a_record_is_a_gap() -> None:
     records = [
-        {"step": 1, "time_ms": 0, "qsparse_layers/a/sparsity": 0.5, "qsparse_layers/b/sparsity": 0.25},
-        {"step": 3, "time_ms": 0, "qsparse_layers/b/sparsity": 0.75},
+        {"step": 1, "time_ms": 0, "layer_sparsity/a": 0.5, "layer_sparsity/b": 0.25},
+        {"step": 3, "time_ms": 0, "layer_sparsity/b": 0.75},
     ]
     grid = layer_grid(records, "sparsity")
     assert grid is not None

@@ -109,6 +109,6 @@ def test_the_documentation_has_the_table_as_it_is() -> None:
     documented = [
         line
         for line in text.splitlines()
-        if line.startswith(("| `train/", "| `val/", "| `perf/", "| `mem/", "| `qsparse"))
+        if line.startswith(("| `train/", "| `val/", "| `perf/", "| `mem/", "| `qsparse/", "| `layer_"))
     ]
     assert documented == [f"| `{info.name}` | {info.unit} | {info.meaning} |" for info in METRICS]

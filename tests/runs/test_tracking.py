@@ -9,7 +9,7 @@ import pytest
 from pipeline.config import Config
 from pipeline.config_loader import dump_config
 from pipeline.metrics import MetricsLog, read_metrics, series
-from pipeline.mlflow_run import clean_name, points_of
+from pipeline.mlflow_run import RunDescription, clean_name, points_of
 from pipeline.run_directory import RunDirectory
 from pipeline.tracking import NullTracker, flatten_config, make_tracker, replay, resolve_uri
 from tests.runs.mlflow_tools import Incarnation, fetch_run, history, make_config, run_id
@@ -64,12 +64,12 @@ def test_a_run_arrives_whole(tmp_path: Path) -> None:
     run.directory.sample(20).parent.mkdir(exist_ok=True)
     run.directory.sample(20).write_text("def f")
     for step in range(1, 21):
-        run.record(step, {"train/loss": 1.0 / step, "qsparse_layers/decoder.layers.0.mlp.linear_fc1/sparsity": 0.5})
+        run.record(step, {"train/loss": 1.0 / step, "layer_sparsity/decoder.layers.0.mlp.linear_fc1": 0.5})
     assert run.tracker.close() == 0
     assert run.tracker.close("FAILED") == 0
 
     assert history(store(tmp_path), run.directory, "train/loss") == [(s, 1.0 / s) for s in range(1, 21)]
-    assert len(history(store(tmp_path), run.directory, "qsparse_layers/decoder.layers.0.mlp.linear_fc1/sparsity")) == 20
+    assert len(history(store(tmp_path), run.directory, "layer_sparsity/decoder.layers.0.mlp.linear_fc1")) == 20
     found = fetch_run(store(tmp_path), run.directory)
     assert (found.info.status, found.info.run_name) == ("FINISHED", "whole")
     assert found.data.params == flatten_config(config)
@@ -266,6 +266,38 @@ def test_where_metrics_go(tmp_path: Path) -> None:
         resolve_uri(make_config(tmp_path, uri="http://user:secret@host"), {})
     with pytest.raises(ValueError, match="MLFLOW_TRACKING_URI='mlruns' is no tracking store"):
         resolve_uri(default, {"MLFLOW_TRACKING_URI": "mlruns"})
+
+
+def test_the_command_that_shows_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    commands = {
+        f"sqlite:///{tmp_path}/runs/mlflow.db": "qsparse mlflow --root runs",
+        "sqlite:////else where/mlflow.db": "qsparse mlflow --root '/else where'",
+        "sqlite:////srv/store.db": "mlflow ui --backend-store-uri sqlite:////srv/store.db",
+        "http://host:5000": None,
+    }
+    assert {uri: RunDescription(uri, "e", "r", {}, {}).viewer for uri in commands} == commands
+
+
+def test_sync_as_a_command(tmp_path: Path) -> None:
+    def sync(folder: Path) -> tuple[int, str, str]:
+        command = [sys.executable, "-m", "launch", "track", "sync", str(folder)]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+        return result.returncode, result.stdout, result.stderr.strip().partition("\n")[0]
+
+    directory = RunDirectory(tmp_path / "run")
+    directory.create(dump_config(make_config(tmp_path)))
+    with MetricsLog(directory.metrics) as log:
+        log.write({"train/loss": 1.5, "train/lr": 0.5}, 1)
+    assert sync(directory.path) == (0, f"{directory.path}: 2 values sent to MLflow\n", "")
+    assert sync(directory.path) == (0, f"{directory.path}: MLflow has everything\n", "")
+    assert history(store(tmp_path), directory, "train/loss") == [(1, 1.5)]
+    missing = f"qsparse: {tmp_path} is not a run directory: it has no config.yaml"
+    assert sync(tmp_path) == (2, "", missing)
+    directory.create(dump_config(make_config(tmp_path, uri="http://127.0.0.1:9")))
+    code, output, errors = sync(directory.path)
+    assert (code, output) == (1, "")
+    assert errors.startswith("qsparse: MLflow at http://127.0.0.1:9: MlflowException")
 
 
 def test_only_rank_0_tracks_and_only_if_asked(tmp_path: Path) -> None:

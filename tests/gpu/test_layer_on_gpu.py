@@ -1,0 +1,94 @@
+"""On GPUs: the same integers as on the CPU, the same losses through NCCL.  `make test-gpu` runs these."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qsparse_layers.config import LinearFormat
+from qsparse_layers.functional import LinearCall, WeightParts, qsparse_linear
+from tests.distributed.test_layouts import DENSE, DP, FULL, PP, TP, TP_SP, VPP, case
+from tests.testing import torchrun
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+
+TOPK = LinearFormat(sparsity=0.4, weights="ternary", activations="int8")
+BLOCK = LinearFormat(sparsity=0.5, pattern="block", block_size=32, weights="ternary", activations="int8")
+
+
+def run_layer(layout: LinearFormat, dtype: torch.dtype, device: str) -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x, w, grad = (torch.randn(shape, generator=generator) for shape in ((64, 512), (256, 512), (64, 256)))
+    x, w = (t.to(device, dtype).requires_grad_() for t in (x, w))
+    y = qsparse_linear(x, w, LinearCall(layout, WeightParts(1, (128, 128)), sparsity=layout.sparsity))
+    y.backward(grad.to(device, dtype))
+    assert x.grad is not None and w.grad is not None
+    return y.detach().cpu(), x.grad.cpu(), w.grad.cpu()
+
+
+@pytest.mark.parametrize("layout", [TOPK, BLOCK], ids=["topk", "block"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_is_bit_equal_to_the_cpu(layout: LinearFormat, dtype: torch.dtype) -> None:
+    """Integer codes and an exact integer sum leave nothing to the device; the weight scale is a float64 sum."""
+    found, expected = run_layer(layout, dtype, "cuda"), run_layer(layout, dtype, "cpu")
+    assert torch.equal(found[0], expected[0])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2  # gradients are float sums in another order
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        assert (a.float() - b.float()).norm() / b.float().norm() < tolerance
+
+
+def train(folder: Path, cases: dict[str, Any], nproc: int) -> dict[str, dict[str, list[float]]]:
+    (folder / "cases.json").write_text(json.dumps(cases))
+    torchrun("tests.distributed.trajectories", str(folder / "cases.json"), str(folder / "out.json"), nproc=nproc)
+    return json.loads((folder / "out.json").read_text())
+
+
+def on_gpu(values: dict[str, Any], backend: str = "local") -> dict[str, Any]:
+    return {**values, "run": {"device": "cuda", "backend": backend}}
+
+
+def test_one_gpu_trains_as_the_cpu_does(tmp_path: Path) -> None:
+    """Random numbers differ between devices, so initial weights do, and only the fall of the loss is compared."""
+    cases = {
+        "dense": on_gpu(case(DENSE, "fp32", {})),
+        "full": on_gpu(case(FULL, "bf16", {})),
+        "full-fp32": on_gpu(case(FULL, "fp32", {})),
+    }
+    for name, found in train(tmp_path, cases, nproc=1).items():
+        assert found["loss"][0] == pytest.approx(5.56, abs=0.1), name  # ln 256
+        assert found["loss"][-1] < found["loss"][0] - 1.2, name
+
+
+@TWO_GPUS
+def test_two_gpus_give_the_losses_of_one(tmp_path: Path) -> None:
+    """Over NCCL: unquantized fp32 trajectories to 1e-4, one quantized step in fp32 to 1e-4, bf16 to 1e-2."""
+    references = {
+        "dense": on_gpu(case(DENSE, "fp32", {})),
+        "full-step": on_gpu(case(FULL, "fp32", {}, steps=1)),
+        "full-bf16-step": on_gpu(case(FULL, "bf16", {}, steps=1)),
+    }
+    if find_spec("transformer_engine"):
+        references |= {"te": on_gpu(case(DENSE, "bf16", {}), "te")}
+    layouts = {"tp2": TP, "tp2-sp": TP_SP, "pp2": PP, "pp2-interleaved": VPP, "dp2-distributed-optimizer": DP}
+    cases = {}
+    for layout, parallel in layouts.items():
+        cases[f"dense:{layout}"] = on_gpu(case(DENSE, "fp32", parallel))
+        cases[f"full-step:{layout}"] = on_gpu(case(FULL, "fp32", parallel, steps=1))
+        cases[f"full-bf16-step:{layout}"] = on_gpu(case(FULL, "bf16", parallel, steps=1))
+    if find_spec("transformer_engine"):  # context parallelism lives in its attention
+        cases["te:cp2"] = on_gpu(case(DENSE, "bf16", {"cp": 2}), "te")
+    (tmp_path / "one").mkdir()
+    expected, found = train(tmp_path / "one", references, 1), train(tmp_path, cases, 2)
+    for name, trajectory in found.items():
+        reference = name.split(":")[0]
+        tolerance = 1e-4 if reference in ("dense", "full-step") else 1e-2
+        assert trajectory["loss"] == pytest.approx(expected[reference]["loss"], rel=tolerance), name
+        assert trajectory["grad_norm"] == pytest.approx(expected[reference]["grad_norm"], rel=0.05), name
+        assert trajectory["val"] == pytest.approx(expected[reference]["val"], rel=tolerance), name
