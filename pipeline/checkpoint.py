@@ -21,6 +21,7 @@ import megatron.core
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
@@ -126,6 +127,7 @@ class Checkpoints:
             if main:
                 self.remove_incomplete()
                 hidden.mkdir(parents=True)
+        _gather_parameters(chunks)
         with _told_to_all(f"checkpoint {final} cannot be written"):
             dist_checkpointing.save(_state(chunks, optimizer, is_loading=False), str(hidden))
         with agreement():
@@ -154,6 +156,13 @@ class Checkpoints:
 
     def _folder(self, step: int) -> Path:
         return self.directory / f"{_PREFIX}{step:08d}"
+
+
+def _gather_parameters(chunks: list[Module]) -> None:
+    """With an overlapped gather the last step's parameters only arrive in the next forward pass, which comes too late."""
+    for chunk in chunks:
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def _hidden(folder: Path) -> Path:

@@ -7,7 +7,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -15,7 +15,7 @@ import psutil
 from tests.testing import ROOT
 
 MARK = "QSPARSE_TEST_PROCESS"
-POLL_SECONDS = 0.002
+POLL_SECONDS = 0.01
 TIMEOUT_SECONDS = 120.0
 
 
@@ -61,7 +61,7 @@ class Training:
         processes = list(self._stopped())
         holds = while_()
         for process in processes:
-            with _gone():
+            with suppress(psutil.NoSuchProcess):
                 process.kill() if holds else process.resume()
         if holds:
             self.wait()
@@ -80,7 +80,7 @@ class Training:
         seen: set[psutil.Process] = set()
         while new := set(self.processes()) - seen:  # a process may fork before it is its turn
             for process in new:
-                with _gone():
+                with suppress(psutil.NoSuchProcess):
                     process.suspend()
                     yield process
             seen |= new
@@ -96,11 +96,3 @@ def _environ(process: psutil.Process) -> dict[str, str]:
 def _is_rank(process: psutil.Process, rank: int) -> bool:
     parent = process.parent()
     return _environ(process).get("RANK") == str(rank) and parent is not None and "RANK" not in _environ(parent)
-
-
-@contextmanager
-def _gone() -> Iterator[None]:
-    try:
-        yield
-    except psutil.NoSuchProcess:
-        pass

@@ -52,6 +52,12 @@ class RunFiles:
         return sorted(folder.name for folder in (self.path / "checkpoints").glob("[!.]*"))
 
     @property
+    def newest(self) -> int:
+        """Step of the newest complete checkpoint, 0 if there is none."""
+        complete = (self.path / "checkpoints").glob("step-????????/meta.json")
+        return max((int(meta.parent.name.removeprefix("step-")) for meta in complete), default=0)
+
+    @property
     def status(self) -> dict[str, Any]:
         return json.loads((self.path / "status.json").read_text())
 
@@ -74,7 +80,7 @@ class RunFiles:
 
 
 def kill_after_checkpoint(root: Path, source: str, step: int, name: str) -> None:
-    """Make run `name` what a kill of `source` after its checkpoint at `step` leaves: later metrics, but no later save."""
+    """Make run `name` what a kill of `source` leaves after its checkpoint at `step`: later metrics, no later save."""
     if name != source:
         shutil.copytree(root / source, root / name)
     run = RunFiles(root / name)

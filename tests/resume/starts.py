@@ -1,8 +1,9 @@
 """Start runs one after another in one set of processes, each through the real entry; run it with torchrun.
 
 Importing torch and megatron-core takes longer than these runs.  Arguments: the configuration, its run.root, a JSON list
-of starts and a JSON file for what became of them.  A start is {"name", "port", "overrides", "kill"}: a free port, since
-every start builds its process groups anew, and if it resumes a killed run, that run and the step of its checkpoint.
+of starts and a JSON file for what became of them.  A start is {"name", "port", "overrides", "kill"}: a port of its own,
+because every start builds its process groups anew, and if it resumes a killed run, that run and the step of its last
+checkpoint, else null.
 """
 
 import io
@@ -20,7 +21,7 @@ from tests.resume.recipe import kill_after_checkpoint
 
 
 def start(
-    config: Path, root: Path, *, name: str, port: int, overrides: list[str], kill: list[Any] | None = None
+    config: Path, root: Path, *, name: str, port: int, overrides: list[str], kill: list[Any] | None
 ) -> dict[str, Any]:
     """Exit code and output of one start on this rank."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")

@@ -1,0 +1,202 @@
+"""Dozens of starts in four launches, each test looks at a few: see `starts.py`."""
+
+import fcntl
+import json
+import os
+import random
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data.loader import WindowDataset
+from pipeline.data.manifest import load_manifest
+from tests.resume.recipe import RunFiles, write_config
+from tests.testing import torchrun
+
+FP64 = ("training.precision=fp64", "optimizer.clip_grad=0")
+DENSE = tuple(f"model.qsparse.{key}" for key in ("sparsity=0", "weights=full", "activations=full", "sub_norm=false"))
+ZERO = ("parallel.distributed_optimizer=true",)
+TP = ("parallel.tp=2", "parallel.sequence_parallel=true")
+PP = ("parallel.pp=2",)
+VPP = (*PP, "parallel.vpp=2")
+
+
+@dataclass(frozen=True)
+class Start:
+    """What became of one start, rank by rank."""
+
+    codes: list[Any]
+    outputs: list[str]
+    errors: list[str]
+
+
+@dataclass(frozen=True)
+class Starts:
+    """All starts, and the folder of their runs."""
+
+    root: Path
+    results: dict[str, Start]
+
+    def run(self, name: str) -> RunFiles:
+        """The run of a start that succeeded."""
+        start = self.results[name]
+        assert set(start.codes) == {0}, start.errors
+        return RunFiles(self.root / name)
+
+
+class Launcher:
+    """Runs lists of starts and keeps what became of them."""
+
+    def __init__(self, folder: Path, dataset: Path) -> None:
+        self._folder, self.root = folder, folder / "runs"
+        self._config = write_config(folder / "config.yaml", self.root, dataset)
+        self.results: dict[str, Start] = {}
+        self._waiting: list[dict[str, Any]] = []
+
+    def add(self, name: str, *overrides: str, kill: tuple[str, int] | None = None, key: str = "") -> None:
+        """A start of run `name`, known as `key`; with `kill`, of what a kill of that run would have left."""
+        self._waiting.append({"name": name, "overrides": overrides, "kill": kill, "key": key or name})
+
+    def launch(self, nproc: int) -> None:
+        starts, results = self._folder / f"starts-{nproc}.json", self._folder / f"results-{nproc}.json"
+        keys = [start.pop("key") for start in self._waiting]
+        starts.write_text(json.dumps([{**start, "port": _free_port()} for start in self._waiting]))
+        arguments = map(str, (self._config, self.root, starts, results))
+        torchrun("tests.resume.starts", *arguments, nproc=nproc, timeout=400)
+        ranks = [json.loads(results.with_name(f"{results.name}.{rank}").read_text()) for rank in range(nproc)]
+        for key, found in zip(keys, zip(*ranks, strict=True), strict=True):
+            fields = ([rank[name] for rank in found] for name in ("code", "output", "errors"))
+            self.results[key] = Start(*fields)
+        self._waiting.clear()
+
+
+@pytest.fixture(scope="session")
+def starts(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Starts:
+    folder = tmp_path_factory.mktemp("resume")
+    launcher = Launcher(folder, dataset)
+    _one_process(launcher, folder)
+    launcher.launch(1)
+    _two_processes(launcher, dataset, folder)
+    launcher.launch(2)
+    launcher.add("dense-tp2-dp2", *DENSE, *ZERO, *TP)
+    launcher.launch(4)
+    _one_process_again(launcher)
+    with _owner_elsewhere(launcher.root, "owned"):
+        launcher.launch(1)
+    return Starts(launcher.root, launcher.results)
+
+
+def _one_process(launcher: Launcher, folder: Path) -> None:
+    launcher.add("plain", *FP64)
+    launcher.add("dense", *DENSE, *ZERO)
+    launcher.add("batch", *FP64, "training.global_batch_size=16", kill=("plain", 4))
+    mlflow = ("tracking.mlflow=true", f"tracking.uri=sqlite:///{folder / 'mlflow.db'}", "checkpoint.interval=4")
+    launcher.add("mlflow", *mlflow, key="mlflow-first")
+    launcher.add("mlflow", *mlflow, kill=("mlflow", 4))
+    launcher.add("retention", "checkpoint.interval=1", "checkpoint.keep_last=2", "checkpoint.keep_every=3")
+    _litter(launcher.root / "retention" / "checkpoints")
+
+
+def _litter(checkpoints: Path) -> None:
+    """What a killed save, a copy in progress and a careful user leave."""
+    for name in (".step-00000007.incomplete", "step-00000099", "step-00000050.bak"):
+        (checkpoints / name).mkdir(parents=True)
+        (checkpoints / name / "__0_0.distcp").write_bytes(b"half")
+    (checkpoints / "step-00000050.bak" / "meta.json").write_text("{}")
+
+
+def _two_processes(launcher: Launcher, dataset: Path, folder: Path) -> None:
+    launcher.add("plain-dp2", *FP64, kill=("plain", 2))
+    launcher.add("dense-dp2", *DENSE, *ZERO, kill=("dense", 2))
+    launcher.add("tp2", *FP64, *TP)
+    launcher.add("tp2-pp2", *FP64, *PP, kill=("tp2", 4))
+    launcher.add("tp2-pp2-tp2", *FP64, *TP, kill=("tp2-pp2", 6))
+    launcher.add("vpp", *FP64, *VPP)
+    launcher.add("plain-vpp", *FP64, *VPP, kill=("plain", 4))
+    _mistakes(launcher, dataset, folder)
+    launcher.add("huge-lr", *DENSE, "optimizer.lr=1e30")
+    launcher.add("huge-init", "model.init_std=1e30", "checkpoint.interval=1")
+
+
+def _mistakes(launcher: Launcher, dataset: Path, folder: Path) -> None:
+    launcher.add("no-dataset", f"data.path={folder / 'nowhere'}")
+    launcher.add("no-shard", f"data.path={_damaged(dataset, folder / 'no-shard', _remove)}")
+    launcher.add("short-shard", f"data.path={_damaged(dataset, folder / 'short-shard', _truncate)}")
+    launcher.add("bad-chunk", f"data.path={_damaged(dataset, folder / 'bad-chunk', _corrupt_for_rank_1)}")
+    launcher.add("small-vocabulary", "model.vocab_size=100")
+    launcher.add("tp2", *FP64, *TP, "model.hidden_size=128", key="other-model")
+    launcher.add("tp2", *FP64, *TP, "data.seed=7", key="other-order")
+    launcher.add("tp2", *FP64, *TP, *ZERO, key="other-optimizer")
+    launcher.add("killed", *FP64, *TP, "data.seed=7", kill=("tp2", 4))
+    launcher.add("no-checkpoint", f"checkpoint.load={dataset}")
+    launcher.add("run-as-checkpoint", f"checkpoint.load={launcher.root / 'plain'}")
+    launcher.add("too-few-processes", "parallel.tp=2", "parallel.pp=2")
+
+
+def _one_process_again(launcher: Launcher) -> None:
+    launcher.add("plain-dp2-plain", *FP64, kill=("plain-dp2", 6))
+    launcher.add("dense-dp2-one", *DENSE, *ZERO, kill=("dense-dp2", 6))
+    launcher.add("dense-tp2-dp2-one", *DENSE, *ZERO, kill=("dense-tp2-dp2", 4))
+    launcher.add("vpp-plain", *FP64, kill=("vpp", 4))
+    launcher.add("plain", *FP64, key="complete")
+    shutil.copytree(launcher.root / "plain", launcher.root / "gone")
+    shutil.rmtree(launcher.root / "gone" / "checkpoints")
+    launcher.add("gone", *FP64)
+    shutil.copytree(launcher.root / "plain", launcher.root / "half-copied")
+    os.truncate(RunFiles(launcher.root / "half-copied").checkpoint(8) / "__0_0.distcp", 1000)
+    launcher.add("half-copied", *FP64, "training.steps=10")
+    launcher.add("owned")
+
+
+@contextmanager
+def _owner_elsewhere(root: Path, name: str) -> Iterator[None]:
+    """This process owns a run, as a start of it that still saves would."""
+    path = root / ".locks" / name
+    path.write_text("process 1 on elsewhere\n")
+    with path.open("r+") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def _damaged(dataset: Path, copy: Path, damage: Any) -> Path:
+    shutil.copytree(dataset, copy)
+    damage(copy)
+    return copy
+
+
+def _remove(dataset: Path) -> None:
+    (dataset / "train-00001.tar").unlink()
+
+
+def _truncate(dataset: Path) -> None:
+    os.truncate(dataset / "train-00001.tar", 4096)
+
+
+def _corrupt_for_rank_1(dataset: Path) -> None:
+    """Flip a token in a chunk that rank 1 of 2 reads in step 2 and nobody before or beside it."""
+    data = WindowDataset(dataset, "train", seq_length=32, seed=0)
+    chunk = data._order.locate(range(16)).chunk.tolist()
+    mine = [14, 15]  # second microbatch of rank 1 in step 2
+    target = next(chunk[i] for i in mine if chunk[i] not in [c for j, c in enumerate(chunk) if j not in mine])
+    reader = data._reader
+    shard = load_manifest(dataset).splits["train"][reader._shard_of(target)].name
+    with (dataset / shard).open("r+b") as file:
+        file.seek(reader._offsets[target])
+        byte = file.read(1)
+        file.seek(reader._offsets[target])
+        file.write(bytes([byte[0] ^ 1]))
+
+
+def _free_port() -> int:
+    """A port that nobody listens on, below those that the kernel gives to connections."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
