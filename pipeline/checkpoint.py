@@ -75,8 +75,12 @@ def model_shape(config: Config, vocab_size: int) -> dict[str, Any]:
 
 
 def optimizer_format(config: Config) -> dict[str, Any]:
-    """The keys that must agree for the optimizer's state to fit, however it is sharded."""
+    """The keys that must agree for the optimizer's state to fit, however it is sharded.
+
+    Expert parallelism gives the experts an optimizer of their own, whose state megatron-core cannot merge or split.
+    """
     return {
+        "(parallel.ep > 1)": config.parallel.ep > 1,
         "parallel.distributed_optimizer": config.parallel.distributed_optimizer,
         "training.precision": config.training.precision,
     }
@@ -159,7 +163,7 @@ class Checkpoints:
 
 
 def _gather_parameters(chunks: list[Module]) -> None:
-    """With an overlapped gather the last step's parameters only arrive in the next forward pass, which comes too late."""
+    """With an overlapped gather the last step's parameters arrive in the next forward pass: too late for a save."""
     for chunk in chunks:
         if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
             chunk.start_param_sync(force_sync=True)

@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from pipeline.metrics import METRICS, read_metrics, series
 
@@ -122,6 +123,7 @@ def loss_figure(runs: Mapping[str, Records]) -> Figure | None:
                 by_token.plot(tokens, losses, label=text, **style)
     _finish(by_step, "optimizer step", "loss [nat/token]")
     _finish(by_token, "tokens", "")
+    by_token.xaxis.set_major_formatter(EngFormatter(sep=""))
     by_step.legend()
     return figure
 

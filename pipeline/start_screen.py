@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
@@ -118,11 +117,17 @@ def group_layers(formats: Mapping[str, LinearFormat]) -> list[LayerGroup]:
 
 def render(screen: StartScreen) -> RenderableType:
     """The screen as a rich renderable."""
+    tables = [_changes(screen.changes)] if screen.changes else []
     parts: list[RenderableType] = [_facts(screen)]
-    if screen.changes:
-        parts.append(_changes(screen.changes))
-    parts += [_grid(screen.grid), _layers(screen.layers)]
+    for table in (*tables, _grid(screen.grid), _layers(screen.layers)):
+        parts += ["", table]
     return Panel(Group(*parts), title=Text(screen.title, style="bold"), border_style="blue")
+
+
+def _titled_table(title: str) -> Table:
+    return Table(
+        title=Text(title, style="bold"), title_justify="left", box=None, header_style="dim underline", pad_edge=False
+    )
 
 
 def _facts(screen: StartScreen) -> Table:
@@ -152,7 +157,7 @@ def _fact_lines(screen: StartScreen) -> Iterator[tuple[str, str]]:
 
 
 def _changes(changes: Sequence[tuple[str, Any, Any]]) -> Table:
-    table = Table(title=Text("differs from the defaults"), box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = _titled_table("differs from the defaults")
     for name in ("key", "value", "default"):
         table.add_column(name, style="dim" if name == "default" else "", overflow="fold")
     for key, default, value in changes:
@@ -166,8 +171,7 @@ def _grid(grid: ParallelGrid) -> Table:
     sizes += f", ep {grid.ep} x etp {grid.etp}" if grid.ep > 1 or grid.etp > 1 else ""
     sizes += ", sequence parallel" if grid.sequence_parallel else ""
     word = "process" if grid.world_size == 1 else "processes"
-    title = Text(f"{grid.world_size} {word}: {sizes}")
-    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = _titled_table(f"{grid.world_size} {word}: {sizes}")
     table.add_column("stage")
     shown = min(grid.dp, MAX_COLUMNS)
     for dp in range(shown):
@@ -193,7 +197,7 @@ def _rank_range(ranks: range) -> str:
 
 
 def _layers(groups: Sequence[LayerGroup]) -> Table:
-    table = Table(title=Text("linear layers"), box=SIMPLE_HEAD, title_justify="left", title_style="bold")
+    table = _titled_table("linear layers")
     table.add_column("layers", justify="right")
     for name in ("for example", "sparsity", "pattern", "weights", "activations", "sub_norm"):
         table.add_column(name, overflow="fold")

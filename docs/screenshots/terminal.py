@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from browser import Browser
+from PIL import Image
 from rich.console import Console
 from rich.terminal_theme import TerminalTheme
 from rich.text import Text
@@ -86,6 +87,8 @@ def save_picture(ansi: str, output: Path, columns: int, scale: float) -> None:
             metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": scale, "mobile": False}
             browser.call("Emulation.setDeviceMetricsOverride", **metrics)
             browser.save(output)
+    with Image.open(output) as picture:  # a terminal has few colours: a palette takes half the bytes
+        picture.convert("RGB").quantize(64).save(output, optimize=True)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ A fenced block says what it is by its info string:
                             run in the order of the page and may build on each other
     ```bash gpu             the same, skipped here with a reason; so are `cluster` (needs SLURM or several machines),
                             `serve` (runs until it is stopped), `example` (stands for your own files or servers),
+                            `pictures` (needs tmux and chromium),
                             `setup` (clones or installs what is already here) and `ci` (is a stage of .ci/run itself,
                             which a test compares with it)
+    ```yaml                 part of a configuration: must load over the defaults
     ```python               run from the repository root by this interpreter; the same words skip it
     ```console ```text ...  anything else is an illustration and not looked at
 
@@ -35,6 +37,7 @@ SKIPPED = {
     "cluster": "needs SLURM or several machines",
     "serve": "runs until it is stopped",
     "example": "stands for your own files or servers",
+    "pictures": "needs tmux and chromium",
     "setup": "clones or installs what is already here",
     "ci": "is a stage of .ci/run itself",
 }
@@ -101,6 +104,7 @@ def logical_lines(script: str) -> Iterator[list[str]]:
             pending = ""
 
 
+YAML = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [page for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))] if page.is_file()]
 BLOCKS = [block for page in PAGES for block in find_blocks(page)]
 each_block = pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
@@ -144,6 +148,14 @@ def test_ci_runs_what_is_left_to_it(block):
     stages = re.findall(r"^stage \w+ (.+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
     commands = [re.sub(r"\s+#.*", "", line) for line in block.script.splitlines()]
     assert set(commands) <= set(stages), f"{block.name}: .ci/run has only {', '.join(stages)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_configurations_load(page, tmp_path):
+    for number, text in enumerate(YAML.findall(page.read_text(encoding="utf-8"))):
+        path = tmp_path / f"{page.stem}-{number}.yaml"
+        path.write_text(text, encoding="utf-8")
+        load_config(path)
 
 
 @pytest.mark.docs

@@ -10,6 +10,7 @@ import json
 import pytest
 
 from tests.resume.conftest import Starts
+from tests.resume.recipe import assert_same_bits, optimizer_steps
 
 EXACT = 1e-12
 
@@ -27,6 +28,7 @@ EXACT = 1e-12
         ("plain-vpp", "plain", 4, EXACT),
         ("vpp-plain", "vpp", 4, EXACT),
         ("dense-tp2-dp2-one", "dense-tp2-dp2", 4, 1e-6),
+        ("moe-resumed", "moe", 4, EXACT),
     ],
 )
 def test_the_continuation_is_that_of_the_uninterrupted_run(
@@ -54,3 +56,16 @@ def test_another_batch_size_goes_on_with_the_next_sample(starts: Starts) -> None
     assert json.loads((run.checkpoint(8) / "meta.json").read_text())["consumed_samples"] == consumed
     assert [record["train/tokens"] for record in run.records] == [256, 512, 768, 1024, 1536, 2048, 2560, 3072]
     assert run.losses[:4] == reference.losses[:4]
+
+
+def test_an_overlapped_parameter_gather_is_finished_before_a_save(starts: Starts) -> None:
+    assert_same_bits(starts.run("overlapped-gather").checkpoint(8), starts.run("gather").checkpoint(8))
+
+
+def test_weights_of_another_run_are_a_new_start(starts: Starts) -> None:
+    run, source = starts.run("from-weights"), starts.run("plain")
+    meta = json.loads((run.checkpoint(8) / "meta.json").read_text())
+    assert (meta["step"], meta["consumed_samples"]) == (8, 64)
+    assert optimizer_steps(run.checkpoint(8)) == {8}
+    # A fresh model has 6.24 here; so would the second step, had the optimizer kept weights of its own.
+    assert max(run.losses[:2]) < source.losses[0] - 0.2

@@ -17,6 +17,7 @@ from tests.resume.recipe import RunFiles
         ("other-model", ("tp2/checkpoints/step-00000008", "model.hidden_size=128 but the checkpoint has 64")),
         ("other-order", ("another dataset, sequence length or data.seed", "checkpoint.load")),
         ("other-optimizer", ("parallel.distributed_optimizer=True but the checkpoint has False",)),
+        ("moe-one", ("the state of another kind of optimizer: (parallel.ep > 1)=False but the checkpoint has True",)),
         ("killed", ("another dataset, sequence length or data.seed",)),
         ("no-checkpoint", ("is no complete checkpoint: it has no meta.json",)),
         ("run-as-checkpoint", ("no complete checkpoint", "did you mean", "plain/checkpoints/step-00000008?")),

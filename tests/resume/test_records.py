@@ -33,6 +33,13 @@ def test_a_finished_run_says_so_and_stays_as_it_is(starts: Starts) -> None:
     assert run.status["reason"] == "all 8 steps done"
 
 
+def test_a_run_killed_in_its_last_moment_ends_without_a_second_evaluation_on_record(starts: Starts) -> None:
+    run = starts.run("last-moment")
+    assert (run.status["state"], run.status["step"]) == ("completed", 8)
+    assert run.val_losses == starts.run("plain").val_losses
+    assert len(run.losses) == 8
+
+
 def test_mlflow_goes_on_with_the_same_run(starts: Starts) -> None:
     run = starts.run("mlflow")
     assert starts.results["mlflow-first"].codes == [0]
