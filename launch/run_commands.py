@@ -81,7 +81,19 @@ def _train(arguments: argparse.Namespace) -> int:
     if files:
         raise ValueError(f"one CONFIG and overrides of the form KEY=VALUE are expected, got also {str(files[0])!r}")
     config = load_config(arguments.config, overrides)
-    return _start("pipeline.train", [str(arguments.config), *overrides], config, arguments.nproc)
+    code = _start("pipeline.train", [str(arguments.config), *overrides], config, arguments.nproc)
+    _correct_status(RunDirectory(config.run.root / config.run.name), code)
+    return code
+
+
+def _correct_status(run: RunDirectory, code: int) -> None:
+    """After ranks that were killed before they could say so, status.json must not claim that they run.
+
+    Exit code 2 is a mistake that the ranks told; it may be that another process trains the run, truly.
+    """
+    status = run.read_status()
+    if code not in (0, 2) and status is not None and status["state"] == "running":
+        run.write_status("failed", status["step"], f"the processes ended with exit code {code} without saying why")
 
 
 def _generate(arguments: argparse.Namespace) -> int:

@@ -27,11 +27,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.nn import Module
 
 from pipeline.config import CheckpointConfig, Config
+from pipeline.config_layers import layer_formats
 from pipeline.errors import UserError
 from pipeline.model import unwrap
 from pipeline.world import agreement
 
 _PREFIX = "step-"
+_EXPERT_SHAPE = {"num_experts", "layer_frequency", "ffn_hidden_size"}
 _HIDDEN_SUFFIX = ".incomplete"
 
 
@@ -69,9 +71,17 @@ def model_shape(config: Config, vocab_size: int) -> dict[str, Any]:
         "model.head_dim": model.head_size,
         "model.vocab_size": model.vocab_size or vocab_size,
         "model.vocab_multiple": model.vocab_multiple,
-        "model.moe": None if model.moe is None else model.moe.model_dump(include={"num_experts", "layer_frequency"}),
-        "model.qsparse.sub_norm": model.qsparse.sub_norm,
+        "model.moe": None if model.moe is None else model.moe.model_dump(include=_EXPERT_SHAPE),
+        "model.qsparse.sub_norm": _layers_with_sub_norm(config),
     }
+
+
+def _layers_with_sub_norm(config: Config) -> bool | list[str]:
+    """Whether row-parallel layers have a SubLN gain; their paths if rules give it to some only."""
+    formats = layer_formats(config.model, config.parallel)
+    rows = {path: layout.sub_norm for path, layout in formats.items() if path.endswith(("linear_proj", "linear_fc2"))}
+    found = [path for path, has_gain in rows.items() if has_gain]
+    return found if 0 < len(found) < len(rows) else bool(found)
 
 
 def optimizer_format(config: Config) -> dict[str, Any]:

@@ -10,7 +10,7 @@ place in the project that patches anything, and on a machine with a GPU it patch
 import contextlib
 import importlib.util
 import logging
-import multiprocessing
+import queue
 import sys
 import types
 from collections.abc import Callable
@@ -133,8 +133,9 @@ def _patch_megatron_for_cpu() -> None:
     if not hasattr(moe_utils, "te_general_gemm"):  # 0.16 without Transformer Engine: NameError in every router
         moe_utils.te_general_gemm = None
     dispatcher.maybe_move_tensor_to_cpu = _split_sizes
-    manager = cache(lambda: multiprocessing.get_context("fork").Manager().Queue())
-    writer._get_write_results_queue = manager  # 'spawn' imports the program again: 3 to 7 s for the first save
+    # megatron-core starts a queue server for saves in the background: 3 to 7 s, and it outlives a killed rank, whose
+    # sockets a forked one keeps open, so that the other ranks wait for it.  A save that is waited for needs none.
+    writer._get_write_results_queue = cache(queue.Queue)
 
 
 def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

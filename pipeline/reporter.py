@@ -15,7 +15,7 @@ import torch
 from pipeline.batches import BatchReader
 from pipeline.checkpoint import Progress
 from pipeline.config import Config
-from pipeline.config_layers import linear_layers, matching_rule
+from pipeline.config_layers import layer_formats
 from pipeline.config_loader import differences, dump_config
 from pipeline.console import RunConsole, Summary, perplexity
 from pipeline.environment import describe_environment
@@ -28,7 +28,6 @@ from pipeline.sizes import flops_per_token, memory_estimate, model_size, peak_fl
 from pipeline.start_screen import ParallelGrid, StartScreen, group_layers
 from pipeline.tracking import STATUS_OF_STATE, make_tracker
 from pipeline.world import World
-from qsparse_layers.config import LinearFormat, apply_rule
 from qsparse_layers.stats import LayerSparsity, model_sparsity
 
 
@@ -212,7 +211,7 @@ class Reporter:
     def _screen(self, num_weights: Mapping[str, int], windows_per_epoch: int) -> StartScreen:
         config, parallel = self.config, self.config.parallel
         size = model_size(config, self.vocab_size)
-        formats = _formats(config)
+        formats = layer_formats(config.model, config.parallel)
         kept = sum(count * (1 - formats[path].sparsity) for path, count in num_weights.items())
         share = kept / max(1, sum(num_weights.values()))
         return StartScreen(
@@ -252,16 +251,6 @@ def tell_complete(config: Config, world: World, directory: RunDirectory, step: i
             "training.steps to train on, or choose another run.name",
             flush=True,
         )
-
-
-def _formats(config: Config) -> dict[str, LinearFormat]:
-    """Format of every projection of the whole model, by path."""
-    rules = config.model.qsparse.rules
-    formats = {}
-    for layer in linear_layers(config.model, config.parallel):
-        index = matching_rule(rules, layer.path)
-        formats[layer.path] = apply_rule(config.model.qsparse, None if index is None else rules[index])
-    return formats
 
 
 def _describe_data(config: Config, windows_per_epoch: int) -> str:

@@ -32,14 +32,19 @@ class TextWindows:
         return self._bytes[starts[:, None] + np.arange(self._seq_length + 1)].astype(np.int64)
 
 
+def rank_environment() -> dict[str, str]:
+    """This process's environment with one thread per rank and the source tree in front of the search path."""
+    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path}
+
+
 def torchrun(module: str, *arguments: str, nproc: int, timeout: float = 300) -> str:
     """Run `python -m module` in `nproc` processes; returns the output, raises with it if a process fails."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(nproc)]
-    search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     result = subprocess.run(
         [*command, "--module", module, *arguments],
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": search_path, "PYTHONWARNINGS": "ignore"},
+        env={**rank_environment(), "PYTHONWARNINGS": "ignore"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

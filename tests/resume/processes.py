@@ -1,6 +1,5 @@
 """Starts `qsparse train` as a user does, and does to its processes what clusters do."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,15 +11,11 @@ from pathlib import Path
 
 import psutil
 
-from tests.testing import ROOT
+from tests.testing import ROOT, rank_environment
 
 MARK = "QSPARSE_TEST_PROCESS"
 POLL_SECONDS = 0.01
 TIMEOUT_SECONDS = 120.0
-
-
-def command_environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 class Training:
@@ -33,7 +28,7 @@ class Training:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "launch", "train", str(config), *overrides],
                 cwd=ROOT,
-                env={**command_environment(), MARK: self._mark},
+                env={**rank_environment(), MARK: self._mark},
                 stdout=file,
                 stderr=subprocess.STDOUT,
             )
