@@ -60,6 +60,8 @@ class Training:
                 process.kill() if holds else process.resume()
         if holds:
             self.wait()
+            _, alive = psutil.wait_procs(processes, timeout=TIMEOUT_SECONDS)  # a killed process takes a moment to go
+            assert not alive, alive
         return holds
 
     def kill_rank(self, rank: int) -> None:
