@@ -10,11 +10,11 @@ They are listed from the configuration alone, so that a glob with a typo or a bl
 an error on the login node and not on the cluster.  The price is that this list and the model builder must agree.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, NamedTuple
 
-from qsparse_layers.config import LayerRule, LinearFormat, apply_rule
+from qsparse_layers.config import LayerRule, LinearFormat, apply_rule, layer_format, matching_rule
 
 if TYPE_CHECKING:
     from pipeline.config import ModelConfig, ParallelConfig
@@ -64,16 +64,9 @@ def _ffn_layers(model: "ModelConfig", parallel: "ParallelConfig", number: int) -
         yield LinearLayer(f"{mlp}.linear_fc2", width, width_key, shards, shards_key)
 
 
-def matching_rule(rules: Sequence[LayerRule], path: str) -> int | None:
-    """Index of the first rule whose glob matches `path`, None if none does."""
-    return next((i for i, rule in enumerate(rules) if fnmatchcase(path, rule.match)), None)
-
-
 def layer_formats(model: "ModelConfig", parallel: "ParallelConfig") -> dict[str, LinearFormat]:
     """Format of every layer of `linear_layers`, by path, after the rules."""
-    rules = model.qsparse.rules
-    indices = {layer.path: matching_rule(rules, layer.path) for layer in linear_layers(model, parallel)}
-    return {path: apply_rule(model.qsparse, None if i is None else rules[i]) for path, i in indices.items()}
+    return {layer.path: layer_format(model.qsparse, layer.path) for layer in linear_layers(model, parallel)}
 
 
 def check_layer_rules(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[Finding]:

@@ -59,16 +59,15 @@ class Reporter:
         self._state: tuple[RunState, str] = ("failed", "the process ended without saying why")
         self._metrics: MetricsLog | None = None
         self._evaluated: set[int] = set()
+        environment = describe_environment() if world.is_main else {}
         if world.is_main:
-            environment = describe_environment()
             directory.create(dump_config(config), environment)
             directory.write_status("running", step, "resumed" if step else "started")
             self._metrics = MetricsLog(directory.metrics)
             self._metrics.rewind(step)
             # A run killed in its last moments evaluates once more at a step that is already in the file.
             self._evaluated = {record["step"] for record in read_metrics(directory.metrics) if "val/loss" in record}
-        tags = {key: str(value) for key, value in describe_environment().items()} if world.is_main else {}
-        self._tracker = make_tracker(config, directory, rank=world.rank, tags=tags)
+        self._tracker = make_tracker(config, directory, rank=world.rank, tags=environment)
         self._console = RunConsole(config.training.steps, rank=world.rank, log_file=directory.log(0))
 
     def start(self, num_weights: Mapping[str, int], windows_per_epoch: int) -> None:

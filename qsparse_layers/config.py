@@ -5,6 +5,8 @@ The four switches are independent, so one code base trains the dense baseline (a
 Semantics and equations: docs/numerics.md.
 """
 
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from fractions import Fraction
 from typing import Literal
 
@@ -145,3 +147,14 @@ def apply_rule(config: LinearFormat, rule: LayerRule | None) -> LinearFormat:
     if rule is not None:
         values |= rule.model_dump(exclude={"match"}, exclude_none=True)
     return LinearFormat(**values)
+
+
+def matching_rule(rules: Sequence[LayerRule], path: str) -> int | None:
+    """Index of the first rule whose glob matches `path`, None if none does."""
+    return next((i for i, rule in enumerate(rules) if fnmatchcase(path, rule.match)), None)
+
+
+def layer_format(config: QSparseConfig, path: str) -> LinearFormat:
+    """The format of the layer at `path`, a path with global layer numbers."""
+    index = matching_rule(config.rules, path)
+    return apply_rule(config, None if index is None else config.rules[index])

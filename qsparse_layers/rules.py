@@ -7,12 +7,11 @@ so that a rule means the same under every layout.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch.nn import Module, ModuleList
 
-from qsparse_layers.config import LayerRule, LinearFormat, QSparseConfig, apply_rule
+from qsparse_layers.config import LinearFormat, QSparseConfig, layer_format
 from qsparse_layers.functional import WeightParts
 from qsparse_layers.parallel import QSparseLinearMixin
 from qsparse_layers.schedules import Schedule
@@ -27,13 +26,6 @@ class ConfiguredLayer:
     path: str
     module: QSparseLinearMixin
     format: LinearFormat
-    rule: LayerRule | None
-    """The rule that matched, or None for the model-wide format."""
-
-
-def match_rule(path: str, config: QSparseConfig) -> LayerRule | None:
-    """The first rule whose glob matches `path`."""
-    return next((rule for rule in config.rules if fnmatchcase(path, rule.match)), None)
 
 
 def global_paths(model: Module) -> Iterator[tuple[str, Module]]:
@@ -74,8 +66,7 @@ def configure_layers(
     for path, module in global_paths(model):
         if not isinstance(module, QSparseLinearMixin):
             continue
-        rule = match_rule(path, config)
-        layout = apply_rule(config, rule)
+        layout = layer_format(config, path)
         rows = module.weight.shape[0]
         if path.endswith("linear_qkv"):
             sizes = (queries_per_group * head_dim, head_dim, head_dim)
@@ -85,5 +76,5 @@ def configure_layers(
         else:
             parts = WeightParts(1, (rows,))
         module.configure(layout, parts, schedule)
-        layers.append(ConfiguredLayer(path, module, layout, rule))
+        layers.append(ConfiguredLayer(path, module, layout))
     return layers

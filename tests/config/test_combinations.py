@@ -3,9 +3,9 @@
 import pytest
 
 from pipeline.config import Config, ModelConfig, ParallelConfig
-from pipeline.config_layers import linear_layers, matching_rule
+from pipeline.config_layers import linear_layers
 from pipeline.config_loader import ConfigError, load_config
-from qsparse_layers.config import LayerRule
+from qsparse_layers.config import LayerRule, matching_rule
 
 BLOCK = "model.qsparse={sparsity: 0.5, pattern: block}"
 MOE = "model.moe={num_experts: 4}"

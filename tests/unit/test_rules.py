@@ -3,8 +3,8 @@
 import pytest
 from torch.nn import Linear, Module, ModuleList
 
-from qsparse_layers.config import QSparseConfig, Warmup, apply_rule
-from qsparse_layers.rules import global_paths, match_rule
+from qsparse_layers.config import QSparseConfig, Warmup, layer_format
+from qsparse_layers.rules import global_paths
 from qsparse_layers.schedules import Schedule
 from qsparse_layers.stats import LayerSparsity, model_sparsity
 
@@ -36,7 +36,7 @@ def test_first_matching_rule_wins_and_replaces_only_its_keys() -> None:
         ),
     )
     formats = {
-        path: apply_rule(config, match_rule(path, config))
+        path: layer_format(config, path)
         for path in ("decoder.layers.0.mlp.linear_fc2", "decoder.layers.1.mlp.linear_fc2", "decoder.layers.10.x")
     }
     found = {path: (layout.sparsity, layout.weights) for path, layout in formats.items()}
