@@ -25,6 +25,7 @@ from torch import Tensor
 
 QMAX = 127.0
 EPS = 1e-5
+E4M3_MAX = 448.0
 _FLOAT32_EXACT_FEATURES = 2**24 // 128
 
 
@@ -153,3 +154,23 @@ def linear_wgrad(grad_TO: Tensor, x_TD: Tensor, *, x_scale_T1: Tensor | None) ->
     if x_scale_T1 is not None:
         grad = grad * x_scale_T1.to(accumulate)
     return grad.flatten(0, -2).t() @ x_TD.to(accumulate).flatten(0, -2)
+
+
+def e4m3_gradient(grad_TO: Tensor, weight_scale_O: Tensor | None) -> tuple[Tensor, Tensor]:
+    """dY rounded to e4m3 with one scale per token: values and scale [T, 1], both float32 or wider.
+
+    Scales of single output features multiply dY first; a single scale of the whole weight stays outside.
+    """
+    work = _accumulation_dtype(grad_TO.dtype, 0, exact=False)
+    grad = grad_TO.to(work)
+    if weight_scale_O is not None and weight_scale_O.numel() > 1:
+        grad = grad * weight_scale_O.to(work)
+    scale = grad.abs().amax(-1, keepdim=True).clamp(min=1e-30) / E4M3_MAX
+    return (grad / scale).to(torch.float8_e4m3fn).to(work), scale
+
+
+def e4m3_input(codes_TD: Tensor, factor_T1: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes times a factor per token, rounded to e4m3, and the scale c = max factor * 127 / 448 taken out."""
+    common = factor_T1.max() * (QMAX / E4M3_MAX)
+    values = codes_TD.to(factor_T1.dtype) * (factor_T1 / common)
+    return values.to(torch.float8_e4m3fn).to(factor_T1.dtype), common

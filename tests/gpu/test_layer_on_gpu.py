@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.dispatch import kernels_for
 from qsparse_layers.config import LinearFormat
 from qsparse_layers.functional import LinearCall, WeightParts, qsparse_linear
 from tests.distributed.test_layouts import DENSE, DP, FULL, PP, TP, TP_SP, VPP, case
@@ -20,6 +21,7 @@ pytestmark = [
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
 TOPK = LinearFormat(sparsity=0.4, weights="ternary", activations="int8")
+E4M3 = LinearFormat(sparsity=0.4, weights="ternary", activations="int8", gradients="e4m3")
 BLOCK = LinearFormat(sparsity=0.5, pattern="block", block_size=32, weights="ternary", activations="int8")
 
 
@@ -27,13 +29,14 @@ def run_layer(layout: LinearFormat, dtype: torch.dtype, device: str) -> tuple[to
     generator = torch.Generator().manual_seed(0)
     x, w, grad = (torch.randn(shape, generator=generator) for shape in ((64, 512), (256, 512), (64, 256)))
     x, w = (t.to(device, dtype).requires_grad_() for t in (x, w))
-    y = qsparse_linear(x, w, LinearCall(layout, WeightParts(1, (128, 128)), sparsity=layout.sparsity))
+    parts = WeightParts(1, (128, 128))
+    y = qsparse_linear(x, w, LinearCall(layout, parts, sparsity=layout.sparsity, kernels=kernels_for(device)))
     y.backward(grad.to(device, dtype))
     assert x.grad is not None and w.grad is not None
     return y.detach().cpu(), x.grad.cpu(), w.grad.cpu()
 
 
-@pytest.mark.parametrize("layout", [TOPK, BLOCK], ids=["topk", "block"])
+@pytest.mark.parametrize("layout", [TOPK, BLOCK, E4M3], ids=["topk", "block", "e4m3"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_forward_is_bit_equal_to_the_cpu(layout: LinearFormat, dtype: torch.dtype) -> None:
     """Integer codes and an exact integer sum leave nothing to the device; the weight scale is a float64 sum."""

@@ -1,0 +1,400 @@
+"""Block-sparse matrix products, in the names of MegaBlocks (arXiv 2211.15841 sec. 5): D dense, S sparse by tiles.
+
+    sdd   S = A B     only the tiles of the topology are computed          (first layer of the experts; dS)
+    dsd   C = S B     and C = S^T B                                        (second layer; weight gradients)
+    dds   C = A S     and C = A S^T                                        (activation gradients)
+
+A sparse matrix is `values` [tiles, rows, columns] in the row order of a `Topology`.  One kernel computes sdd, one the
+two others: a program owns one output tile and walks the nonzero tiles of its row (or column), so only those are read
+and multiplied.  Products with S^T walk the second index of the topology; the values are neither moved nor copied.
+
+Tiles of 128 x 128 keep the tensor cores busy; smaller ones follow a pattern more closely and lose speed.  bfloat16 sums
+in float32; int8 codes times ternary int8 sum in int32 (both contiguous along the sum, as Hopper's 8-bit products want)
+and meet the scales once, so the result is exact up to one rounding.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.tile_launch import (
+    TileConfig,
+    check_choice,
+    check_operand,
+    check_same_device,
+    check_tensor,
+    descriptor,
+    dot_tiles,
+    launch_options,
+    loop_bound,
+    stored_dtype,
+    swizzle,
+)
+from kernels.topology import Topology, check_blocks
+
+Layout = Literal["kn", "nk"]
+"""How a right operand is stored: [K, N], or transposed, [N, K]."""
+
+SDD_CONFIG = TileConfig(128, 128, 64, num_warps=4, num_stages=3, programs_per_sm=2)
+WIDE_SDD_CONFIG = TileConfig(128, 256, 64, num_warps=8, num_stages=3)
+# Tile indices are loaded before the tiles, and Triton gives each of the two levels half of the stages.
+DSD_CONFIG = TileConfig(128, 256, 64, num_warps=8, num_stages=5, persistent=False)
+DDS_CONFIG = TileConfig(256, 128, 64, num_warps=8, num_stages=5, persistent=False)
+_MOST_SUMS = 128 * 256
+"""Sums per program that eight warps hold in registers."""
+
+
+@triton.jit
+def _sdd_kernel(
+    a_MK,
+    b_desc,
+    values_NRC,
+    rows_N,
+    columns_N,
+    num_tiles_1,
+    a_scale_M,
+    b_scale_N,
+    M,
+    N,
+    K: tl.constexpr,
+    B_IS_NK: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    INTEGER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """values[i] = tile (rows[i], columns[i]) of a b."""
+    first, step = tl.program_id(0), tl.num_programs(0)
+    count = tl.load(num_tiles_1)
+    for tile in range(loop_bound(first, INTERPRET), loop_bound(count, INTERPRET), loop_bound(step, INTERPRET)):
+        row = tl.load(rows_N + tile) * BLOCK_M
+        column = tl.load(columns_N + tile) * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INTEGER else tl.float32)  # [BM, BN]
+        for k in range(0, K, BLOCK_K):
+            a = a_MK.load([row, k])  # [BM, BK]
+            if B_IS_NK:
+                b = b_desc.load([column, k]).T
+            else:
+                b = b_desc.load([k, column])  # [BK, BN]
+            acc = dot_tiles(a, b, acc, WIDEN)
+        y = acc.to(tl.float32)
+        in_row = tl.arange(0, BLOCK_M)
+        in_column = tl.arange(0, BLOCK_N)
+        if HAS_SCALES:
+            a_scale = tl.load(a_scale_M + row + in_row, mask=row + in_row < M, other=0.0)
+            b_scale = tl.load(b_scale_N + column + in_column, mask=column + in_column < N, other=0.0)
+            y = y * (a_scale[:, None] * b_scale[None, :])
+        at = values_NRC + (tile * BLOCK_M + in_row).to(tl.int64)[:, None] * BLOCK_N + in_column[None, :]
+        tl.store(at, y.to(values_NRC.dtype.element_ty))
+
+
+@triton.jit
+def _sparse_dense_kernel(
+    values_desc,
+    dense_desc,
+    out_MN,
+    offsets,
+    sum_blocks_N,
+    order_N,
+    row_scale_M,
+    column_scale_N,
+    M,
+    N,
+    SPARSE_LEFT: tl.constexpr,
+    SUM_OVER_ROWS: tl.constexpr,
+    DENSE_IS_NK: tl.constexpr,
+    VALUE_ROWS: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
+    INTEGER: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WIDEN: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """out = S dense (SPARSE_LEFT) or dense S; the sum walks the rows or the columns of the stored tiles."""
+    STEPS: tl.constexpr = SUM_BLOCK // BLOCK_K
+    m, n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    line = m if SPARSE_LEFT else n
+    dense_start = n * BLOCK_N if SPARSE_LEFT else m * BLOCK_M
+    first = tl.load(offsets + line)
+    last = tl.load(offsets + line + 1)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INTEGER else tl.float32)  # [BM, BN]
+    for step in range(0, loop_bound((last - first) * STEPS, INTERPRET)):
+        entry = first + step // STEPS
+        within = step % STEPS * BLOCK_K
+        k = tl.load(sum_blocks_N + entry) * SUM_BLOCK + within
+        if SUM_OVER_ROWS:
+            s = values_desc.load([tl.load(order_N + entry) * VALUE_ROWS + within, 0])  # [BK, block columns]
+        else:
+            s = values_desc.load([entry * VALUE_ROWS, within]).T  # [BK, block rows]
+        if SPARSE_LEFT:
+            if DENSE_IS_NK:
+                dense = dense_desc.load([dense_start, k]).T
+            else:
+                dense = dense_desc.load([k, dense_start])  # [BK, BN]
+            acc = dot_tiles(s.T, dense, acc, WIDEN)
+        else:
+            acc = dot_tiles(dense_desc.load([dense_start, k]), s, acc, WIDEN)
+    y = acc.to(tl.float32)
+    rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if HAS_SCALES:
+        row_scale = tl.load(row_scale_M + rows, mask=rows < M, other=0.0)
+        column_scale = tl.load(column_scale_N + columns, mask=columns < N, other=0.0)
+        y = y * (row_scale[:, None] * column_scale[None, :])
+    at = out_MN + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(at, y.to(out_MN.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
+
+
+def sdd(
+    a_MK: Tensor,
+    b: Tensor,
+    topology: Topology,
+    *,
+    b_layout: Layout = "kn",
+    a_scale_M: Tensor | None = None,
+    b_scale_N: Tensor | None = None,
+    config: TileConfig | None = None,
+) -> Tensor:
+    """S = a_scale b_scale (A B) at the tiles of `topology`.
+
+    Args:
+        a_MK: bfloat16, or int8 codes; M fits the row blocks (the last one may be partly outside, it reads zeros).
+        b: the same dtype, [K, N] or [N, K] as `b_layout` says; int8 takes "nk" only.
+        topology: which tiles.
+        b_layout: how `b` is stored.
+        a_scale_M: float32 scale of each row; needed with int8, refused with bfloat16.
+        b_scale_N: float32 scale of each column; likewise.
+        config: `block_k`, warps, stages and programs are used; the tile is the topology's block.
+
+    Returns:
+        bfloat16 [capacity, *block]; tiles past those in use are undefined.
+
+    Raises:
+        ValueError: a wrong dtype, shape, layout, alignment or device.
+    """
+    check_choice("b_layout", b_layout, "kn", "nk")
+    check_operand("a_MK", a_MK, dtype=(torch.bfloat16, torch.int8), shape=(None, None))
+    (M, K), transposed = a_MK.shape, b_layout == "nk"
+    check_operand("b", b, dtype=a_MK.dtype, shape=(None, K) if transposed else (K, None))
+    N = b.shape[0 if transposed else 1]
+    check_blocks("a_MK", M, topology.grid[0], topology.block[0])
+    check_blocks("b", N, topology.grid[1], topology.block[1])
+    _check_8_bit(a_MK, contiguous_sum=transposed, hint='b_layout="nk"')
+    _check_scales(a_MK, ("a_scale_M", a_scale_M, M), ("b_scale_N", b_scale_N, N))
+    check_same_device(a_MK=a_MK, b=b, row_offsets=topology.row_offsets, a_scale_M=a_scale_M, b_scale_N=b_scale_N)
+    default = SDD_CONFIG if topology.block[0] * topology.block[1] <= 128 * 128 else WIDE_SDD_CONFIG
+    config = _config(config, default, a_MK.dtype, block_m=topology.block[0], block_n=topology.block[1])
+    values = torch.empty(topology.capacity, *topology.block, dtype=stored_dtype(torch.bfloat16), device=a_MK.device)
+    if topology.capacity:
+        b_tile = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
+        _sdd_kernel[(config.num_programs(a_MK.device, topology.capacity),)](
+            descriptor(a_MK, config.block_m, config.block_k),
+            descriptor(b, *b_tile),
+            values,
+            topology.rows,
+            topology.columns,
+            topology.row_offsets[-1:],
+            a_scale_M,
+            b_scale_N,
+            M,
+            N,
+            K=K,
+            B_IS_NK=transposed,
+            HAS_SCALES=a_scale_M is not None,
+            INTEGER=a_MK.dtype == torch.int8,
+            **launch_options(a_MK, config),
+        )
+    return values.to(torch.bfloat16)
+
+
+def dsd(
+    values: Tensor,
+    b: Tensor,
+    topology: Topology,
+    *,
+    form: Literal["S", "S^T"] = "S",
+    b_layout: Layout = "kn",
+    row_scale_M: Tensor | None = None,
+    column_scale_N: Tensor | None = None,
+    config: TileConfig | None = None,
+) -> Tensor:
+    """C = S B or S^T B, times row_scale column_scale.
+
+    Args:
+        values: bfloat16 or int8 [capacity, *block], the tiles of S.
+        b: the same dtype, [K, N] or [N, K] as `b_layout` says; a shorter K counts as filled up with zeros.
+        topology: where the tiles of S lie.
+        form: which product; int8 takes "S" with b_layout="nk" only.
+        b_layout: how `b` is stored.
+        row_scale_M: float32 scale of each row of the result; needed with int8, refused with bfloat16.
+        column_scale_N: float32 scale of each column; likewise.
+        config: the tile's `block_n` and `block_k`; its rows are the topology's block.
+
+    Returns:
+        bfloat16 [M, N], M being the rows (form "S^T": columns) of the topology's dense matrix.
+
+    Raises:
+        ValueError: a wrong dtype, shape, layout, alignment or device.
+    """
+    check_choice("b_layout", b_layout, "kn", "nk")
+    check_choice("form", form, "S", "S^T")
+    M, sum_size, over_rows = _sides(topology, sparse_left=True, transposed=form == "S^T")
+    nk = b_layout == "nk"
+    check_operand("b", b, dtype=(torch.bfloat16, torch.int8), shape=(None, None))
+    block = _sum_block(topology, over_rows)
+    check_blocks("b", b.shape[1 if nk else 0], sum_size // block, block)
+    _check_8_bit(b, contiguous_sum=nk and form == "S", hint='form="S" and b_layout="nk"')
+    N = b.shape[0 if nk else 1]
+    _check_scales(b, ("row_scale_M", row_scale_M, M), ("column_scale_N", column_scale_N, N))
+    return _sparse_dense(values, b, topology, (M, N), row_scale_M, column_scale_N, config, over_rows, nk, left=True)
+
+
+def dds(
+    a_MK: Tensor,
+    values: Tensor,
+    topology: Topology,
+    *,
+    form: Literal["S", "S^T"] = "S",
+    row_scale_M: Tensor | None = None,
+    column_scale_N: Tensor | None = None,
+    config: TileConfig | None = None,
+) -> Tensor:
+    """C = A S or A S^T, times row_scale column_scale.
+
+    Args:
+        a_MK: bfloat16 or int8; a shorter K counts as filled up with zeros.
+        values: the same dtype, [capacity, *block], the tiles of S.
+        topology: where the tiles of S lie.
+        form: which product; int8 takes "S^T" only.
+        row_scale_M: float32 scale of each row of the result; needed with int8, refused with bfloat16.
+        column_scale_N: float32 scale of each column; likewise.
+        config: the tile's `block_m` and `block_k`; its columns are the topology's block.
+
+    Returns:
+        bfloat16 [M, N], N being the columns (form "S^T": rows) of the topology's dense matrix.
+
+    Raises:
+        ValueError: a wrong dtype, shape, layout, alignment or device.
+    """
+    check_choice("form", form, "S", "S^T")
+    N, sum_size, over_rows = _sides(topology, sparse_left=False, transposed=form == "S^T")
+    check_operand("a_MK", a_MK, dtype=(torch.bfloat16, torch.int8), shape=(None, None))
+    block = _sum_block(topology, over_rows)
+    check_blocks("a_MK", a_MK.shape[1], sum_size // block, block)
+    _check_8_bit(a_MK, contiguous_sum=form == "S^T", hint='form="S^T"')
+    M = a_MK.shape[0]
+    _check_scales(a_MK, ("row_scale_M", row_scale_M, M), ("column_scale_N", column_scale_N, N))
+    return _sparse_dense(
+        values, a_MK, topology, (M, N), row_scale_M, column_scale_N, config, over_rows, False, left=False
+    )
+
+
+def _sparse_dense(
+    values: Tensor,
+    dense: Tensor,
+    topology: Topology,
+    shape: tuple[int, int],
+    row_scale: Tensor | None,
+    column_scale: Tensor | None,
+    config: TileConfig | None,
+    over_rows: bool,
+    dense_is_nk: bool,
+    *,
+    left: bool,
+) -> Tensor:
+    check_operand("values", values, dtype=dense.dtype, shape=(topology.capacity, *topology.block))
+    check_same_device(
+        values=values, dense=dense, row_offsets=topology.row_offsets, row_scale=row_scale, column_scale=column_scale
+    )
+    line_block = topology.block[1 if over_rows else 0]
+    sum_block = _sum_block(topology, over_rows)
+    default, block_m, block_n = (DSD_CONFIG, line_block, 0) if left else (DDS_CONFIG, 0, line_block)
+    config = _config(config, default, dense.dtype, sum_block=sum_block, block_m=block_m, block_n=block_n)
+    out = torch.empty(*shape, dtype=stored_dtype(torch.bfloat16), device=dense.device)
+    if out.numel() == 0 or topology.capacity == 0:
+        return out.to(torch.bfloat16).zero_()
+    if not left:
+        dense_tile = (config.block_m, config.block_k)
+    else:
+        dense_tile = (config.block_n, config.block_k) if dense_is_nk else (config.block_k, config.block_n)
+    _sparse_dense_kernel[(triton.cdiv(shape[0], config.block_m) * triton.cdiv(shape[1], config.block_n),)](
+        descriptor(values, *((config.block_k, line_block) if over_rows else (line_block, config.block_k))),
+        descriptor(dense, *dense_tile),
+        out,
+        topology.column_offsets if over_rows else topology.row_offsets,
+        topology.rows_by_column if over_rows else topology.columns,
+        topology.order,
+        row_scale,
+        column_scale,
+        *shape,
+        SPARSE_LEFT=left,
+        SUM_OVER_ROWS=over_rows,
+        DENSE_IS_NK=dense_is_nk,
+        VALUE_ROWS=topology.block[0],
+        SUM_BLOCK=sum_block,
+        HAS_SCALES=row_scale is not None,
+        INTEGER=dense.dtype == torch.int8,
+        GROUP_M=config.group_m,
+        **launch_options(dense, config),
+    )
+    return out.to(torch.bfloat16)
+
+
+def _sides(topology: Topology, *, sparse_left: bool, transposed: bool) -> tuple[int, int, bool]:
+    """(size of the result along the sparse operand, size of the sum, whether the sum runs over the rows of S)."""
+    rows, columns = topology.shape
+    over_rows = sparse_left == transposed
+    return (columns, rows, True) if over_rows else (rows, columns, False)
+
+
+def _sum_block(topology: Topology, over_rows: bool) -> int:
+    return topology.block[0 if over_rows else 1]
+
+
+def _config(
+    config: TileConfig | None,
+    default: TileConfig,
+    dtype: torch.dtype,
+    *,
+    sum_block: int = 256,
+    block_m: int = 0,
+    block_n: int = 0,
+) -> TileConfig:
+    """The tile shape with the sides that the topology fixes (0: free); 8-bit codes take twice the features per step."""
+    if config is None:
+        block_k = default.block_k * (2 if dtype == torch.int8 else 1)
+        config = replace(
+            default,
+            block_m=min(default.block_m, _MOST_SUMS // max(block_n, 128)),
+            block_n=min(default.block_n, _MOST_SUMS // max(block_m, 128)),
+            block_k=min(block_k, sum_block),
+        )
+    if sum_block % config.block_k:
+        raise ValueError(f"block_k={config.block_k}: expected a divisor of the sparse operand's block, {sum_block}")
+    return replace(config, block_m=block_m or config.block_m, block_n=block_n or config.block_n)
+
+
+def _check_8_bit(operand: Tensor, *, contiguous_sum: bool, hint: str) -> None:
+    if operand.dtype == torch.int8 and not contiguous_sum:
+        raise ValueError(f"int8 operands have to be contiguous along the sum: expected {hint}")
+
+
+def _check_scales(operand: Tensor, *scales: tuple[str, Tensor | None, int]) -> None:
+    for name, scale, size in scales:
+        if (scale is not None) != (operand.dtype == torch.int8):
+            raise ValueError(f"{name}: {'absent' if scale is None else 'given'}, expected with int8 operands only")
+        if scale is not None:
+            check_tensor(name, scale, dtype=torch.float32, shape=(size,))

@@ -1,0 +1,145 @@
+"""Which kernels a linear layer runs on: the reference in plain PyTorch, or Triton's on a GPU.
+
+Both offer the same four operations (`Kernels`, `Backward`), so the layer is written once.  The Triton set hands single
+calls back to the reference where a kernel has no form for them (float32 and float64 models, matrices whose rows are
+not multiples of 16 bytes); it never changes what is computed:
+
+    forward     bit-equal
+    dgrad       ternary weights in bf16 or e4m3 are exact; sums in float32 in another order
+    wgrad       the input in bf16 (one more rounding), or e4m3 on request
+
+Shapes: T tokens, D input features, O output features.
+"""
+
+import importlib
+import importlib.util
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+from kernels import reference
+
+Choice = Literal["auto", "triton", "reference"]
+
+
+class Backward(Protocol):
+    """The two products of a backward pass, of one gradient."""
+
+    def dgrad(self) -> Tensor:
+        """dX [..., D] in the type of dY."""
+
+    def wgrad(self, x: Tensor, x_scale: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
+        """dW [O,D], or None if it was added to `main_grad`."""
+
+
+class Kernels(Protocol):
+    """What a linear layer computes with."""
+
+    def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
+        """int8 codes of the `kept` largest features (of each `block`; None: of the row) and scales [..., 1]."""
+
+    def linear(
+        self, x: Tensor, weight: Tensor, *, x_scale: Tensor | None, weight_scale: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """x_scale weight_scale (x weight^T); scales [..., 1] and [O] or [1], None for 1."""
+
+    def backward(
+        self, grad: Tensor, weight: Tensor, *, weight_scale: Tensor | None, x_scale: Tensor | None, e4m3: bool
+    ) -> Backward:
+        """The backward products of dY [..., O]; with `e4m3` dY is rounded to 8 bits first."""
+
+
+def kernels_for(device: torch.device | str, choice: Choice = "auto") -> Kernels:
+    """The kernels for tensors on `device`; `auto`: Triton's on a GPU.
+
+    Raises:
+        ValueError: Triton is asked for and this is no GPU, or Triton is not installed.
+    """
+    is_gpu = torch.device(device).type == "cuda"
+    if choice == "reference" or (choice == "auto" and not is_gpu):
+        return ReferenceKernels()
+    if not is_gpu:
+        raise ValueError(f"run.kernels=triton needs a GPU, this run is on {device}: use run.kernels=auto")
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("Triton is not installed: pip install triton, or set run.kernels=reference (slow)")
+    return importlib.import_module("kernels.triton_kernels").TritonKernels()
+
+
+class ReferenceKernels:
+    """The ground truth, for CPUs, for float64, and to compare with."""
+
+    def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
+        """See `Kernels.sparsify`."""
+        scale = reference.row_scale(x.abs().amax(-1, keepdim=True))
+        codes = reference.absmax_codes(x, scale)
+        if kept is None:
+            return codes, scale
+        mask = reference.topk_mask(codes, kept) if block is None else reference.block_mask(codes, kept, block)
+        return reference.apply_mask(codes, mask), scale
+
+    def linear(
+        self, x: Tensor, weight: Tensor, *, x_scale: Tensor | None, weight_scale: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """See `Kernels.linear`."""
+        if x.is_cuda and x_scale is None and weight_scale is None and x.dtype == weight.dtype == dtype:
+            return dense_linear(x, weight)
+        return reference.linear(x, weight, x_scale_T1=x_scale, weight_scale_O=weight_scale, dtype=dtype)
+
+    def backward(
+        self, grad: Tensor, weight: Tensor, *, weight_scale: Tensor | None, x_scale: Tensor | None, e4m3: bool
+    ) -> Backward:
+        """See `Kernels.backward`."""
+        if not e4m3:
+            return ReferenceBackward(grad, weight, weight_scale)
+        if x_scale is None or weight.dtype != torch.int8:
+            raise ValueError("gradients=e4m3 needs weights=ternary and activations=int8")
+        return ReferenceE4M3Backward(grad, weight, weight_scale, x_scale)
+
+
+class ReferenceBackward:
+    """Both products in float32 or wider."""
+
+    def __init__(self, grad: Tensor, weight: Tensor, weight_scale: Tensor | None) -> None:
+        self._grad, self._weight, self._weight_scale = grad, weight, weight_scale
+
+    def dgrad(self) -> Tensor:
+        """See `Backward.dgrad`."""
+        return reference.linear_dgrad(self._grad, self._weight, weight_scale_O=self._weight_scale)
+
+    def wgrad(self, x: Tensor, x_scale: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
+        """See `Backward.wgrad`."""
+        dw = reference.linear_wgrad(self._grad, x, x_scale_T1=x_scale)
+        if main_grad is None:
+            return dw
+        main_grad.add_(dw)
+        return None
+
+
+class ReferenceE4M3Backward:
+    """Both products of a gradient rounded to e4m3, as `kernels.gradients` defines them, in float32 or wider."""
+
+    def __init__(self, grad: Tensor, weight: Tensor, weight_scale: Tensor | None, x_scale: Tensor) -> None:
+        self._dtype, self._shape = grad.dtype, grad.shape
+        self._weight, self._weight_scale = weight, weight_scale
+        self._codes, self._scale = reference.e4m3_gradient(grad.flatten(0, -2), weight_scale)
+        self._x_scale = x_scale.flatten()[:, None].to(self._scale.dtype)
+
+    def dgrad(self) -> Tensor:
+        """See `Backward.dgrad`."""
+        dx = self._scale * (self._codes @ self._weight.to(self._codes.dtype))
+        if self._weight_scale is not None and self._weight_scale.numel() == 1:
+            dx = dx * self._weight_scale
+        return dx.to(self._dtype).view(*self._shape[:-1], -1)
+
+    def wgrad(self, x: Tensor, x_scale: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
+        """See `Backward.wgrad`; `x_scale` is the one given before."""
+        codes, common = reference.e4m3_input(x.flatten(0, -2), self._x_scale * self._scale)
+        dw = common * (self._codes.t() @ codes)
+        if self._weight_scale is not None and self._weight_scale.numel() > 1:
+            dw = dw / self._weight_scale[:, None]
+        if main_grad is None:
+            return dw
+        main_grad.add_(dw)
+        return None

@@ -1,0 +1,199 @@
+"""8-bit operands of the backward products: gradients in e4m3, and the transposed copies that tensor cores want.
+
+The fast mode of a linear layer computes both backward products in e4m3,
+
+    dX[T,D] = a[T] s_w  (G[T,O] W[O,D])           G = e4m3(dY / a),  a = max|dY| / 448 of each token
+    dW[O,D] = c         (G^T[O,T] X[D,T]^T)       X = e4m3(q a s_x / c),  c = max_t(a s_x) 127 / 448
+
+W holds -1, 0 and 1, which e4m3 has exactly.  dY is rounded once, and the same G serves both products: the scale of a
+token cannot stay outside a sum over tokens, so it moves into X, whose codes have to become e4m3 anyway.  With several
+scales in one weight (q, k and v), s_w[o] multiplies dY before the rounding and is divided out of dW's rows.
+
+8-bit tensor core instructions of Hopper read both operands along the summed dimension, hence G^T and X^T.
+
+The trade-off: e4m3 keeps 4 significant bits, a relative error of up to 1/16 per element, unbiased over a sum; the exact
+mode multiplies dY in bf16.
+
+Shapes: T tokens, D input features, O output features.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.launch import check_dtype, check_rows
+from kernels.sparsify_triton import larger
+
+_E4M3_MAX = tl.constexpr(448.0)
+_TINY = tl.constexpr(1e-30)
+TILE_TOKENS, TILE_FEATURES, TILE_WARPS = 128, 64, 4
+"""Tile of the transposing kernels: both sides write whole 32-byte sectors."""
+_TOKEN_ALIGNMENT = 16
+"""Rows of a transposed operand start at multiples of 16 bytes, as the tensor memory accelerator asks."""
+
+
+@triton.jit
+def _gradient_scale_kernel(
+    grad_ptr, weight_scale_ptr, x_scale_ptr, scale_ptr, common_ptr, outputs, grad_stride,
+    SCALED: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Scale of one token, and its part in the common scale."""
+    token = tl.program_id(0)
+    row_ptr = grad_ptr + token.to(tl.int64) * grad_stride
+    amax = tl.zeros([CHUNK], tl.float32)
+    for start in range(0, outputs, CHUNK):
+        output = start + tl.arange(0, CHUNK)
+        grad = tl.load(row_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)
+        if SCALED:
+            grad *= tl.load(weight_scale_ptr + output, mask=output < outputs, other=0.0)
+        amax = larger(amax, tl.abs(grad))
+    largest = tl.reduce(amax, 0, larger)
+    scale = tl.where(largest < _TINY, _TINY, largest) / _E4M3_MAX
+    tl.store(scale_ptr + token, scale)
+    tl.atomic_max(common_ptr, scale * tl.load(x_scale_ptr + token) * (127.0 / _E4M3_MAX))
+
+
+@triton.jit
+def _quantize_gradient_kernel(
+    grad_ptr, weight_scale_ptr, scale_ptr, out_ptr, transposed_ptr, tokens, outputs, grad_stride, token_stride,
+    TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """One tile, written as it is and transposed."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
+    mask = (token < tokens)[:, None] & (output < outputs)[None, :]
+    row = token.to(tl.int64)[:, None]
+    grad = tl.load(grad_ptr + row * grad_stride + output[None, :], mask=mask, other=0.0).to(tl.float32)
+    if SCALED:
+        grad *= tl.load(weight_scale_ptr + output, mask=output < outputs, other=0.0)[None, :]
+    scale = tl.load(scale_ptr + token, mask=token < tokens, other=1.0)
+    code = (grad * (1.0 / scale)[:, None]).to(tl.float8e4nv).to(tl.int8, bitcast=True)
+    tl.store(out_ptr + row * outputs + output[None, :], code, mask=mask)
+    column = output.to(tl.int64)[:, None]
+    tl.store(transposed_ptr + column * token_stride + token[None, :], tl.trans(code), mask=tl.trans(mask))
+
+
+@triton.jit
+def _transpose_codes_kernel(
+    codes_ptr, out_ptr, x_scale_ptr, grad_scale_ptr, common_ptr, rows, columns, codes_stride, out_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (row < rows)[:, None] & (column < columns)[None, :]
+    codes = tl.load(codes_ptr + row.to(tl.int64)[:, None] * codes_stride + column[None, :], mask=mask, other=0)
+    values = codes.to(tl.float32)
+    if SCALED:
+        factor = tl.load(x_scale_ptr + row, mask=row < rows, other=0.0)
+        factor *= tl.load(grad_scale_ptr + row, mask=row < rows, other=0.0)
+        values *= (factor / tl.load(common_ptr))[:, None]
+    target = out_ptr + column.to(tl.int64)[:, None] * out_stride + row[None, :]
+    tl.store(target, tl.trans(values.to(tl.float8e4nv).to(tl.int8, bitcast=True)), mask=tl.trans(mask))
+
+
+@triton.jit
+def _dequantize_kernel(
+    codes_ptr, scale_ptr, out_ptr, features, codes_stride, SCALE: tl.constexpr, FEATURES: tl.constexpr
+):
+    """One row; SCALE: 0 none, 1 one per row."""
+    row = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    mask = feature < features
+    values = tl.load(codes_ptr + row * codes_stride + feature, mask=mask, other=0).to(tl.float32)
+    if SCALE:
+        values *= tl.load(scale_ptr + row)
+    tl.store(out_ptr + row * features + feature, values, mask=mask)
+
+
+@dataclass(frozen=True)
+class QuantizedGradient:
+    """dY in e4m3, as both backward products read it."""
+
+    codes_TO: Tensor
+    """dY s_w / scale; s_w only where each output feature has its own."""
+    transposed_OT: Tensor
+    """The same codes, tokens contiguous."""
+    scale_T1: Tensor
+    """a, float32."""
+    common: Tensor
+    """c, one float32."""
+
+
+def quantize_gradient(grad: Tensor, x_scale: Tensor, weight_scale: Tensor | None) -> QuantizedGradient:
+    """Round dY to e4m3 for both backward products.
+
+    Args:
+        grad: dY [T,O], bf16, fp16 or fp32.
+        x_scale: s_x [T,1] float32, the scale of the input's codes.
+        weight_scale: [O] float32 scale of each output feature, or None if the weight has a single one.
+
+    Raises:
+        ValueError: types or shapes that the kernel does not take.
+    """
+    tokens, outputs = check_rows(grad, "grad", 2**31 - 1).shape
+    check_dtype(x_scale, "x_scale", (torch.float32,))
+    if x_scale.numel() != tokens:
+        raise ValueError(f"x_scale has {x_scale.numel()} numbers for {tokens} tokens")
+    if weight_scale is not None and weight_scale.numel() != outputs:
+        raise ValueError(f"weight_scale has {weight_scale.numel()} numbers for {outputs} output features")
+    codes = torch.empty(tokens, outputs, dtype=torch.float8_e4m3fn, device=grad.device)
+    transposed = _token_contiguous(outputs, tokens, grad.device)
+    scale = torch.empty(tokens, 1, dtype=torch.float32, device=grad.device)
+    common = torch.zeros(1, dtype=torch.float32, device=grad.device)
+    if codes.numel():
+        scaled = weight_scale is not None
+        chunk = min(4096, triton.next_power_of_2(outputs))
+        _gradient_scale_kernel[(tokens,)](
+            grad, weight_scale, x_scale, scale, common, outputs, grad.stride(0),
+            SCALED=scaled, CHUNK=chunk, num_warps=max(1, chunk // 1024),
+        )  # fmt: skip
+        _quantize_gradient_kernel[(triton.cdiv(tokens, TILE_TOKENS), triton.cdiv(outputs, TILE_FEATURES))](
+            grad, weight_scale, scale, codes.view(torch.int8), transposed.view(torch.int8),
+            tokens, outputs, grad.stride(0), transposed.stride(0),
+            TOKENS=TILE_TOKENS, OUTPUTS=TILE_FEATURES, SCALED=scaled, num_warps=TILE_WARPS,
+        )  # fmt: skip
+    return QuantizedGradient(codes, transposed, scale, common)
+
+
+def transposed_input(codes: Tensor, x_scale: Tensor, gradient: QuantizedGradient) -> Tensor:
+    """X^T [D,T] in e4m3: the codes of the input with its scale and the gradient's folded in."""
+    return _transpose(codes, x_scale, gradient)
+
+
+def transposed_weight(codes: Tensor) -> Tensor:
+    """W^T [D,O] in e4m3, exactly: ternary codes int8 [O,D] with the summed dimension contiguous."""
+    return _transpose(codes, None, None)
+
+
+def _transpose(codes: Tensor, x_scale: Tensor | None, gradient: QuantizedGradient | None) -> Tensor:
+    rows, columns = check_rows(codes, "codes", 2**31 - 1, (torch.int8,)).shape
+    out = _token_contiguous(columns, rows, codes.device)
+    if codes.numel():
+        _transpose_codes_kernel[(triton.cdiv(rows, TILE_TOKENS), triton.cdiv(columns, TILE_FEATURES))](
+            codes, out.view(torch.int8), x_scale,
+            None if gradient is None else gradient.scale_T1, None if gradient is None else gradient.common,
+            rows, columns, codes.stride(0), out.stride(0),
+            ROWS=TILE_TOKENS, COLUMNS=TILE_FEATURES, SCALED=gradient is not None, num_warps=TILE_WARPS,
+        )  # fmt: skip
+    return out
+
+
+def _token_contiguous(rows: int, tokens: int, device: torch.device) -> Tensor:
+    padded = triton.cdiv(tokens, _TOKEN_ALIGNMENT) * _TOKEN_ALIGNMENT
+    return torch.empty(rows, padded, dtype=torch.float8_e4m3fn, device=device)[:, :tokens]
+
+
+def dequantize(codes: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """codes * scale, rounded once: int8 [R,D] and one float32 per row (or None for 1) to `dtype` [R,D]."""
+    rows, features = check_rows(codes, "codes", 2**31 - 1, (torch.int8,)).shape
+    out = torch.empty(rows, features, dtype=dtype, device=codes.device)
+    if out.numel():
+        width = min(4096, triton.next_power_of_2(features))
+        _dequantize_kernel[(rows, triton.cdiv(features, width))](
+            codes, scale, out, features, codes.stride(0),
+            SCALE=0 if scale is None else 1, FEATURES=width, num_warps=max(1, min(8, width // 512)),
+        )  # fmt: skip
+    return out

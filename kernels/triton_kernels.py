@@ -1,0 +1,123 @@
+"""`dispatch.Kernels` on a GPU: which Triton kernels make up each operation, and when the reference steps in."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear as dense_linear
+
+from kernels import gradients
+from kernels.dispatch import Backward, ReferenceKernels
+from kernels.gemm import gemm, unaligned
+from kernels.sparsify import MAX_BLOCK, MAX_FEATURES, sparsify
+
+
+class TritonKernels:
+    """Fast forms of every operation for bf16 models; anything else goes to the reference."""
+
+    def __init__(self) -> None:
+        self._reference = ReferenceKernels()
+
+    def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
+        """See `Kernels.sparsify`."""
+        if x.dtype == torch.float64 or x.shape[-1] > MAX_FEATURES or (block is not None and block > MAX_BLOCK):
+            return self._reference.sparsify(x, kept, block)
+        return sparsify(x if _is_rows(x) else x.contiguous(), kept, block)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, *, x_scale: Tensor | None, weight_scale: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """See `Kernels.linear`."""
+        if dtype != torch.bfloat16 or not _fits(weight):
+            return self._reference.linear(x, weight, x_scale=x_scale, weight_scale=weight_scale, dtype=dtype)
+        if x_scale is None and weight_scale is None:
+            return dense_linear(x, weight)
+        rows = x.flatten(0, -2)
+        if x.dtype != torch.int8 or weight.dtype != torch.int8:
+            rows, weight = _bf16(rows), _bf16(weight)
+        y_TO = gemm(rows, weight, a_scale=None if x_scale is None else x_scale.flatten(), b_scale=weight_scale)
+        return y_TO.view(*x.shape[:-1], -1)
+
+    def backward(
+        self, grad: Tensor, weight: Tensor, *, weight_scale: Tensor | None, x_scale: Tensor | None, e4m3: bool
+    ) -> Backward:
+        """See `Kernels.backward`."""
+        if grad.dtype != torch.bfloat16 or not _fits(weight) or unaligned(grad.flatten(0, -2)):
+            return self._reference.backward(grad, weight, weight_scale=weight_scale, x_scale=x_scale, e4m3=e4m3)
+        if not e4m3:
+            return ExactBackward(grad, weight, weight_scale)
+        if x_scale is None or weight.dtype != torch.int8:
+            raise ValueError("gradients=e4m3 needs weights=ternary and activations=int8")
+        return FastBackward(grad, weight, weight_scale, x_scale)
+
+
+class ExactBackward:
+    """Both products in bf16 with float32 sums.
+
+    A weight with several scales is multiplied as their ratios to the largest: these are rounded to bf16 (2^-9), where
+    a single scale stays outside the product in float32.
+    """
+
+    def __init__(self, grad: Tensor, weight: Tensor, weight_scale: Tensor | None) -> None:
+        self._grad, self._weight, self._weight_scale = grad, weight, weight_scale
+
+    def dgrad(self) -> Tensor:
+        """See `Backward.dgrad`."""
+        grad, weight, outside = self._grad.flatten(0, -2), self._weight, self._weight_scale
+        if weight.dtype == torch.int8:
+            ratio = None
+            if outside is not None and outside.numel() > 1:
+                largest = outside.max().view(1)
+                ratio, outside = outside / largest, largest
+            weight = gradients.dequantize(weight, ratio)
+        dx = grad @ weight if outside is None else gemm(grad, weight, b_k_major=False, b_scale=outside)
+        return dx.view(*self._grad.shape[:-1], -1)
+
+    def wgrad(self, x: Tensor, x_scale: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
+        """See `Backward.wgrad`."""
+        rows = x.flatten(0, -2)
+        if rows.dtype == torch.int8:
+            rows = gradients.dequantize(rows, None if x_scale is None else x_scale.flatten())
+        elif x_scale is not None:
+            rows = (rows * x_scale.flatten()[:, None]).to(self._grad.dtype)
+        grad_OT = self._grad.flatten(0, -2).t()
+        if main_grad is None:
+            return grad_OT @ rows
+        torch.addmm(main_grad, grad_OT, rows, out_dtype=main_grad.dtype, out=main_grad)
+        return None
+
+
+class FastBackward:
+    """Both products in e4m3; see `kernels.gradients`."""
+
+    def __init__(self, grad: Tensor, weight: Tensor, weight_scale: Tensor | None, x_scale: Tensor) -> None:
+        self._shape, self._weight, self._x_scale = grad.shape, weight, x_scale.flatten()
+        several = weight_scale is not None and weight_scale.numel() > 1
+        self._outside = None if several else weight_scale
+        self._inside = weight_scale if several else None
+        self._grad = gradients.quantize_gradient(grad.flatten(0, -2), self._x_scale, self._inside)
+
+    def dgrad(self) -> Tensor:
+        """See `Backward.dgrad`."""
+        weight_DO = gradients.transposed_weight(self._weight)
+        dx = gemm(self._grad.codes_TO, weight_DO, a_scale=self._grad.scale_T1, b_scale=self._outside)
+        return dx.view(*self._shape[:-1], -1)
+
+    def wgrad(self, x: Tensor, x_scale: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
+        """See `Backward.wgrad`; `x_scale` is the one given before."""
+        x_DT = gradients.transposed_input(x.flatten(0, -2), self._x_scale, self._grad)
+        inverse = None if self._inside is None else 1.0 / self._inside
+        dw = gemm(self._grad.transposed_OT, x_DT, a_scale=inverse, b_scale=self._grad.common, out=main_grad)
+        return dw if main_grad is None else None
+
+
+def _is_rows(x: Tensor) -> bool:
+    return x.stride(-1) == 1 and (x.dim() <= 2 or x.is_contiguous())
+
+
+def _fits(weight: Tensor) -> bool:
+    """Both dimensions of [O,D] are multiples of 16: every operand's rows are then multiples of 16 bytes."""
+    return weight.shape[0] % 16 == 0 and weight.shape[1] % 16 == 0 and weight.dtype in (torch.int8, torch.bfloat16)
+
+
+def _bf16(operand: Tensor) -> Tensor:
+    """Codes are exact in bf16."""
+    return gradients.dequantize(operand, None) if operand.dtype == torch.int8 else operand

@@ -1,0 +1,26 @@
+"""Kernels run on the GPU where there is one, else under Triton's interpreter, chosen before triton loads."""
+
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(scope="session")
+def to_bf16(device: str) -> Callable[[Tensor], Tensor]:
+    """float32 to bf16 as stores of the kernels round: to nearest even; the interpreter cuts off instead."""
+
+    def cut_off(x: Tensor) -> Tensor:
+        return (x.float().view(torch.int32) & -65536).view(torch.float32).bfloat16()
+
+    return cut_off if device == "cpu" else lambda x: x.bfloat16()

@@ -1,0 +1,63 @@
+"""Ternary codes of a list of weights against the reference, bit for bit."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference, ternarize
+
+SHAPES = [(6, 40), (3, 100), (8, 16), (1, 1)]
+
+
+def weights(dtype: torch.dtype, device: str, shapes: list[tuple[int, int]]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (torch.randn(shape, generator=generator) * 0.02 * 3**i).to(dtype).to(device) for i, shape in enumerate(shapes)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_codes_and_sums_of_a_list(dtype: torch.dtype, device: str) -> None:
+    shapes = SHAPES + ([(4096, 1024), (1000, 14336)] if device == "cuda" else [])
+    matrices = weights(dtype, device, shapes)
+    parts = [torch.arange(rows) * 3 // rows for rows, _ in shapes]  # up to three parts
+    table = ternarize.row_table(matrices, parts)
+    sums = ternarize.part_sums(table, dtype)
+    expected = [
+        reference.absmean_sum(matrix[(part == p).to(device)])
+        for matrix, part in zip(matrices, parts, strict=True)
+        for p in range(int(part.max()) + 1)
+    ]
+    torch.testing.assert_close(sums, torch.stack(expected), rtol=1e-14, atol=0)
+    scale = reference.absmean_scale(sums, table.part_size)
+    flat = ternarize.codes(table, scale, dtype)
+    row_scales = scale[table.part.long()].split([rows for rows, _ in shapes])
+    for matrix, codes, row_scale in zip(matrices, flat.split([m.numel() for m in matrices]), row_scales, strict=True):
+        assert torch.equal(codes.view_as(matrix), reference.ternary_codes(matrix, row_scale[:, None]))
+
+
+def test_halves_go_to_zero_and_zeros_stay(device: str) -> None:
+    matrix = torch.tensor([[0.5, -0.5, 0.5000001, -0.75, 0.0, 3.0]], device=device)
+    table = ternarize.row_table([matrix], [torch.zeros(1, dtype=torch.int64)])
+    codes = ternarize.codes(table, torch.ones(1, device=device), torch.float32)
+    assert codes.tolist() == [0, 0, 1, -1, 0, 1]
+    zeros = torch.zeros(2, 8, device=device)
+    table = ternarize.row_table([zeros], [torch.zeros(2, dtype=torch.int64)])
+    scale = reference.absmean_scale(ternarize.part_sums(table, torch.float32), table.part_size)
+    assert scale.item() == pytest.approx(1e-5)
+    assert ternarize.codes(table, scale, torch.float32).count_nonzero() == 0
+
+
+def test_bad_input_is_refused_before_the_launch(device: str) -> None:
+    part = torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="no weights"):
+        ternarize.row_table([], [])
+    with pytest.raises(ValueError, match=r"weights\[0\] is torch.int8, the kernel takes torch.float32 or"):
+        ternarize.row_table([torch.zeros(4, 4, dtype=torch.int8, device=device)], [part])
+    with pytest.raises(ValueError, match=r"weights\[1\] is torch.bfloat16, the kernel takes torch.float32"):
+        matrix = torch.zeros(4, 4, device=device)
+        ternarize.row_table([matrix, matrix.bfloat16()], [part, part])
+    with pytest.raises(ValueError, match=r"weights\[0\] of shape \(4, 4\) is not a contiguous matrix"):
+        ternarize.row_table([torch.zeros(4, 8, device=device)[:, ::2]], [part])
+    with pytest.raises(ValueError, match=r"parts\[0\] names 4 rows, weights\[0\] has 5"):
+        ternarize.row_table([torch.zeros(5, 4, device=device)], [part])
