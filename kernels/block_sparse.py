@@ -41,11 +41,18 @@ from kernels.topology import Topology, check_blocks
 Layout = Literal["kn", "nk"]
 """How a right operand is stored: [K, N], or transposed, [N, K]."""
 
-SDD_CONFIG = TileConfig(128, 128, 64, num_warps=4, num_stages=3, programs_per_sm=2)
+SDD_CONFIG = TileConfig(128, 128, 64, num_warps=4, num_stages=4)
+SDD_INT8_CONFIG = TileConfig(128, 128, 128, num_warps=4, num_stages=3, programs_per_sm=2)
 WIDE_SDD_CONFIG = TileConfig(128, 256, 64, num_warps=8, num_stages=3)
+WIDE_SDD_INT8_CONFIG = TileConfig(128, 256, 128, num_warps=8, num_stages=3)
 # Tile indices are loaded before the tiles, and Triton gives each of the two levels half of the stages.
 DSD_CONFIG = TileConfig(128, 256, 64, num_warps=8, num_stages=5, persistent=False)
+DSD_TRANSPOSED_CONFIG = TileConfig(128, 256, 64, num_warps=8, num_stages=7, persistent=False)
+DSD_INT8_CONFIG = TileConfig(128, 128, 128, num_warps=4, num_stages=5, persistent=False)
 DDS_CONFIG = TileConfig(256, 128, 64, num_warps=8, num_stages=5, persistent=False)
+DDS_INT8_CONFIG = TileConfig(256, 128, 128, num_warps=8, num_stages=5, persistent=False)
+_SMALLEST_INT8_STEP = 32
+"""Features per step that one int8 instruction of the tensor cores sums."""
 _MOST_SUMS = 128 * 256
 """Sums per program that eight warps hold in registers."""
 
@@ -195,28 +202,21 @@ def sdd(
     _check_8_bit(a_MK, contiguous_sum=transposed, hint='b_layout="nk"')
     _check_scales(a_MK, ("a_scale_M", a_scale_M, M), ("b_scale_N", b_scale_N, N))
     check_same_device(a_MK=a_MK, b=b, row_offsets=topology.row_offsets, a_scale_M=a_scale_M, b_scale_N=b_scale_N)
-    default = SDD_CONFIG if topology.block[0] * topology.block[1] <= 128 * 128 else WIDE_SDD_CONFIG
+    narrow = topology.block[0] * topology.block[1] <= 128 * 128
+    if a_MK.dtype == torch.int8:
+        default = SDD_INT8_CONFIG if narrow else WIDE_SDD_INT8_CONFIG
+    else:
+        default = SDD_CONFIG if narrow else WIDE_SDD_CONFIG
     config = _config(config, default, a_MK.dtype, block_m=topology.block[0], block_n=topology.block[1])
     values = torch.empty(topology.capacity, *topology.block, dtype=stored_dtype(torch.bfloat16), device=a_MK.device)
     if topology.capacity:
         b_tile = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
         _sdd_kernel[(config.num_programs(a_MK.device, topology.capacity),)](
-            descriptor(a_MK, config.block_m, config.block_k),
-            descriptor(b, *b_tile),
-            values,
-            topology.rows,
-            topology.columns,
-            topology.row_offsets[-1:],
-            a_scale_M,
-            b_scale_N,
-            M,
-            N,
-            K=K,
-            B_IS_NK=transposed,
-            HAS_SCALES=a_scale_M is not None,
-            INTEGER=a_MK.dtype == torch.int8,
+            descriptor(a_MK, config.block_m, config.block_k), descriptor(b, *b_tile), values,
+            topology.rows, topology.columns, topology.row_offsets[-1:], a_scale_M, b_scale_N, M, N,
+            K=K, B_IS_NK=transposed, HAS_SCALES=a_scale_M is not None, INTEGER=a_MK.dtype == torch.int8,
             **launch_options(a_MK, config),
-        )
+        )  # fmt: skip
     return values.to(torch.bfloat16)
 
 
@@ -321,7 +321,13 @@ def _sparse_dense(
     )
     line_block = topology.block[1 if over_rows else 0]
     sum_block = _sum_block(topology, over_rows)
-    default, block_m, block_n = (DSD_CONFIG, line_block, 0) if left else (DDS_CONFIG, 0, line_block)
+    block_m, block_n = (line_block, 0) if left else (0, line_block)
+    if dense.dtype == torch.int8:
+        default = DSD_INT8_CONFIG if left else DDS_INT8_CONFIG
+    elif left:
+        default = DSD_TRANSPOSED_CONFIG if over_rows else DSD_CONFIG
+    else:
+        default = DDS_CONFIG
     config = _config(config, default, dense.dtype, sum_block=sum_block, block_m=block_m, block_n=block_n)
     out = torch.empty(*shape, dtype=stored_dtype(torch.bfloat16), device=dense.device)
     if out.numel() == 0 or topology.capacity == 0:
@@ -332,24 +338,14 @@ def _sparse_dense(
         dense_tile = (config.block_n, config.block_k) if dense_is_nk else (config.block_k, config.block_n)
     _sparse_dense_kernel[(triton.cdiv(shape[0], config.block_m) * triton.cdiv(shape[1], config.block_n),)](
         descriptor(values, *((config.block_k, line_block) if over_rows else (line_block, config.block_k))),
-        descriptor(dense, *dense_tile),
-        out,
+        descriptor(dense, *dense_tile), out,
         topology.column_offsets if over_rows else topology.row_offsets,
         topology.rows_by_column if over_rows else topology.columns,
-        topology.order,
-        row_scale,
-        column_scale,
-        *shape,
-        SPARSE_LEFT=left,
-        SUM_OVER_ROWS=over_rows,
-        DENSE_IS_NK=dense_is_nk,
-        VALUE_ROWS=topology.block[0],
-        SUM_BLOCK=sum_block,
-        HAS_SCALES=row_scale is not None,
-        INTEGER=dense.dtype == torch.int8,
-        GROUP_M=config.group_m,
-        **launch_options(dense, config),
-    )
+        topology.order, row_scale, column_scale, *shape,
+        SPARSE_LEFT=left, SUM_OVER_ROWS=over_rows, DENSE_IS_NK=dense_is_nk, VALUE_ROWS=topology.block[0],
+        SUM_BLOCK=sum_block, HAS_SCALES=row_scale is not None, INTEGER=dense.dtype == torch.int8,
+        GROUP_M=config.group_m, **launch_options(dense, config),
+    )  # fmt: skip
     return out.to(torch.bfloat16)
 
 
@@ -373,17 +369,18 @@ def _config(
     block_m: int = 0,
     block_n: int = 0,
 ) -> TileConfig:
-    """The tile shape with the sides that the topology fixes (0: free); 8-bit codes take twice the features per step."""
+    """The tile shape with the sides that the topology fixes (0: free)."""
     if config is None:
-        block_k = default.block_k * (2 if dtype == torch.int8 else 1)
         config = replace(
             default,
             block_m=min(default.block_m, _MOST_SUMS // max(block_n, 128)),
             block_n=min(default.block_n, _MOST_SUMS // max(block_m, 128)),
-            block_k=min(block_k, sum_block),
+            block_k=min(default.block_k, sum_block),
         )
     if sum_block % config.block_k:
         raise ValueError(f"block_k={config.block_k}: expected a divisor of the sparse operand's block, {sum_block}")
+    if dtype == torch.int8 and config.block_k < _SMALLEST_INT8_STEP:
+        raise ValueError(f"block_k={config.block_k}: expected at least {_SMALLEST_INT8_STEP} with int8 operands")
     return replace(config, block_m=block_m or config.block_m, block_n=block_n or config.block_n)
 
 

@@ -9,72 +9,73 @@ Three products, each one launch without synchronization, usable inside a CUDA gr
 The ternary results equal `reference.linear` bit for bit: integers are summed exactly, in any order, then scaled and
 rounded once.  `float_gemv` sums float32 in a fixed order: equal inputs give equal bits on every run.
 
-Zeros are skipped in two ways.  `features="nonzero"` reads the activations themselves and loads no weights for zeros, at
-the price of arithmetic on them.  `compact_nonzero` lists the nonzeros first, which costs a launch (or an epilogue of
-whatever produced the activations) and saves that arithmetic.  The list has a fixed capacity, top-K's K, so its length
-never travels to the host.
+The two gemv read the activations themselves and load no weights for zeros.  The obvious way, a list of the nonzeros,
+costs a launch of its own, and more time than the arithmetic on zeros that it saves.
 
 Each token has its own mask and its own programs; tokens share weights through the second-level cache, so device memory
-serves the union of their masks.  The obvious alternative, one program for all tokens, must do arithmetic on that union.
+serves the union of their masks.  The alternative, one program for all tokens, must do arithmetic on that union.
 
-Shapes: T tokens, D input features, O output features, K capacity of a list of nonzeros, W packed words per row.
+A product is over in microseconds, so launches count.  With `overlap` its programs start while the previous kernel of
+the stream is still ending, and wait inside (programmatic dependent launch, Hopper and later).
+
+Shapes: T tokens, D input features, O output features, W packed words per row.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from torch.nn.functional import pad
 
-from kernels.decode_triton import (
-    PACKED_ROWS,
-    compact_kernel,
-    float_gemv_kernel,
-    ternary_dot_kernel,
-    ternary_gemv_kernel,
-)
-from kernels.launch import INTERPRETED
-from kernels.packing import CODES_PER_WORD, PackedTernary, check_packed
+from kernels.decode_dot import ternary_dot_kernel
+from kernels.decode_gemv import float_gemv_kernel, ternary_gemv_kernel
+from kernels.launch import INTERPRETED, multiprocessors
+from kernels.packing import PackedTernary, check_packed
 from kernels.tile_launch import check_same_device, check_tensor
 
-Features = Literal["all", "nonzero", "listed"]
 MAX_TOKENS = 16
 MAX_FEATURES = 2**17 - 1
 """float32 holds the exact sum of fewer than 2^17 products, which the reference relies on, too."""
-COMPACT_BLOCK = 16384
+TERNARY_STEPS = 32
+"""Groups of four features whose words a thread holds at once: 128 of its 255 registers."""
+FLOAT_STEPS = 14
+FLOAT_REGISTERS = 128
 
 
 @dataclass(frozen=True)
 class GemvConfig:
-    """Shape of one program's work in `ternary_gemv` and `float_gemv`; none of it changes a ternary result.
+    """How `ternary_gemv` and `float_gemv` divide the features; none of it changes a ternary result.
 
     Attributes:
-        block_rows: features whose weights are loaded at once, a power of two (ternary: at most 128).
-        block_columns: int32 words (ternary: 16 outputs each) or outputs (float) per program, a power of two.
-        tiles: consecutive blocks of rows that one program sums.
-        rows: features per program, at most block_rows * tiles; 0 for exactly that.  Fewer even out the last wave.
-        num_warps: warps per program.
+        splits: programs that share a tile of 512 (ternary) or 256 (float) outputs of a token.
+        num_warps: warps per program, a power of two.
+        chunks: turns in which a warp takes its features; the weights of a turn are on their way at once.
+        overlap: start while the previous kernel of the stream ends.
     """
 
-    block_rows: int = 64
-    block_columns: int = 128
-    tiles: int = 1
-    rows: int = 0
+    splits: int = 1
     num_warps: int = 4
+    chunks: int = 1
+    overlap: bool = True
 
     def __post_init__(self) -> None:
-        _check_powers_of_two(self, "block_rows", "block_columns", "num_warps")
-        if self.tiles < 1:
-            raise ValueError(f"tiles={self.tiles}: expected at least 1")
-        if not 0 <= self.rows <= self.block_rows * self.tiles:
-            held = self.block_rows * self.tiles
-            raise ValueError(f"rows={self.rows}: expected 0 to block_rows * tiles = {held}, what a program holds")
+        _check_powers_of_two(self, "num_warps")
+        for name in ("splits", "chunks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
 
-    @property
-    def rows_per_program(self) -> int:
-        """Features that one program sums."""
-        return self.rows or self.block_rows * self.tiles
+    def steps(self, num_rows: int) -> int:
+        """Rows (ternary: groups of four features) per warp and turn."""
+        return triton.cdiv(num_rows, self.splits * self.num_warps * self.chunks)
+
+    @staticmethod
+    def filling(programs: int, num_rows: int, *, num_warps: int, most_steps: int) -> "GemvConfig":
+        """About `programs` per tile, in as few turns as `most_steps` rows at once allow."""
+        splits = min(max(1, programs), triton.cdiv(num_rows, num_warps))
+        chunks = triton.cdiv(num_rows, splits * num_warps * most_steps)
+        return GemvConfig(splits, num_warps, chunks)
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class DotConfig:
         splits: programs that share the features of one tile of outputs.
         num_warps: warps per program.
         num_stages: steps whose weights are on their way at once.
+        overlap: start while the previous kernel of the stream ends.
     """
 
     block_outputs: int = 64
@@ -94,6 +96,7 @@ class DotConfig:
     splits: int = 4
     num_warps: int = 4
     num_stages: int = 3
+    overlap: bool = True
 
     def __post_init__(self) -> None:
         _check_powers_of_two(self, "block_outputs", "block_words", "num_warps")
@@ -107,21 +110,6 @@ def _check_powers_of_two(config: GemvConfig | DotConfig, *names: str) -> None:
         size = getattr(config, name)
         if size < 1 or size & (size - 1):
             raise ValueError(f"{name}={size}: expected a power of two")
-
-
-@dataclass(frozen=True)
-class ActiveFeatures:
-    """Nonzero activations of each token in the order of their features, padded with feature 0 and value 0.
-
-    Attributes:
-        indices: int32 [T, K].
-        values: [T, K] in the type of the activations.
-        counts: int32 [T], nonzeros found; more than K means that the list is incomplete.
-    """
-
-    indices: Tensor
-    values: Tensor
-    counts: Tensor
 
 
 @dataclass(frozen=True)
@@ -142,41 +130,12 @@ class Workspace:
         return Workspace(memory[:num_sums], memory[num_sums:])
 
 
-def compact_nonzero(x_TD: Tensor, capacity: int) -> ActiveFeatures:
-    """List the nonzeros of each row, one program per token.
-
-    Args:
-        x_TD: int8 codes or bf16 activations [T, D].
-        capacity: K, the most nonzeros that a row can have; int((1 - sparsity) D) after top-K.
-
-    Raises:
-        ValueError: wrong type or shape, or a capacity outside 1..D.
-    """
-    check_tensor("x_TD", x_TD, dtype=(torch.int8, torch.bfloat16), shape=(None, None))
-    num_tokens, num_features = x_TD.shape
-    _check_range("x_TD tokens", num_tokens, 1, 65535)
-    _check_range("x_TD features", num_features, 1, MAX_FEATURES)
-    _check_range("capacity", capacity, 1, num_features)
-    check_same_device(x_TD=x_TD)
-    indices = torch.empty(num_tokens, capacity, dtype=torch.int32, device=x_TD.device)
-    values = torch.empty(num_tokens, capacity, dtype=x_TD.dtype, device=x_TD.device)
-    counts = torch.empty(num_tokens, dtype=torch.int32, device=x_TD.device)
-    block = min(COMPACT_BLOCK, max(128, triton.next_power_of_2(num_features)))
-    compact_kernel[(num_tokens,)](
-        x_TD, indices, values, counts, num_features, capacity,
-        BLOCK=block, TILES=triton.cdiv(num_features, block), FILL_TILES=triton.cdiv(capacity, block),
-        num_warps=max(1, min(32, block // 512)),
-    )  # fmt: skip
-    return ActiveFeatures(indices, values, counts)
-
-
 def ternary_gemv(
-    x: Tensor | ActiveFeatures,
+    x_TD: Tensor,
     weight: PackedTernary,
     *,
     x_scale_T1: Tensor,
     weight_scale_O: Tensor,
-    features: Literal["all", "nonzero"] = "nonzero",
     config: GemvConfig | None = None,
     workspace: Workspace | None = None,
     out: Tensor | None = None,
@@ -184,12 +143,11 @@ def ternary_gemv(
     """y = x_scale weight_scale (x weight^T) for one or a few tokens, skipping the weights of zero activations.
 
     Args:
-        x: int8 codes [T, D], or their nonzeros from `compact_nonzero`.
+        x_TD: int8 codes [T, D].  A D that is no multiple of four costs a padded copy.
         weight: ternary weight [O, D] in the column layout.
         x_scale_T1: float32 [T, 1].
         weight_scale_O: float32 [O].
-        features: what to do with codes given whole: "nonzero" skips zeros, "all" is for dense activations.
-        config: shape of a program's work; None for `gemv_config`.
+        config: division of the work; None for `gemv_config`.
         workspace: see `Workspace`; None allocates one for this call.
         out: bf16 [T, O] to write to; None allocates it.
 
@@ -197,31 +155,29 @@ def ternary_gemv(
         bf16 [T, O], equal to `reference.linear` bit for bit.
 
     Raises:
-        ValueError: an argument of a wrong type, shape, layout or device, more than 16 tokens, too small a workspace.
+        ValueError: an argument of a wrong type, shape, layout or device, more than 16 tokens, too small a workspace,
+            or more splits than a sum can count.
     """
     check_packed("weight", weight, "column")
-    rows, indices, mode = _operand(x, torch.int8, weight.in_features, features)
-    num_tokens, num_rows = rows.shape
-    _check_scales(x_scale_T1, weight_scale_O, num_tokens, weight.out_features)
-    config = config or gemv_config(num_rows, weight.out_features, num_tokens)
-    if config.block_rows > PACKED_ROWS:
-        raise ValueError(f"config.block_rows={config.block_rows}: expected at most {PACKED_ROWS}, exact in 16 bits")
-    out = _output(out, num_tokens, weight.out_features, rows.device)
-    tiles = triton.cdiv(weight.words_per_row, config.block_columns)
-    splits = triton.cdiv(num_rows, config.rows_per_program)
-    workspace = _workspace(
-        workspace, rows.device, num_tokens * weight.words_per_row * CODES_PER_WORD, num_tokens * tiles
-    )
+    num_tokens = _check_activations(x_TD, torch.int8, weight.in_features)
+    out_features = weight.out_features
+    _check_scales(x_scale_T1, weight_scale_O, num_tokens, out_features)
+    out = _output(out, num_tokens, out_features, x_TD.device)
+    workspace = _workspace(workspace, x_TD.device, num_sums=num_tokens * out_features)
     check_same_device(
-        x=rows, indices=indices, weight=weight.words, x_scale_T1=x_scale_T1, weight_scale_O=weight_scale_O,
+        x_TD=x_TD, weight=weight.words, x_scale_T1=x_scale_T1, weight_scale_O=weight_scale_O,
         workspace=workspace.sums, out=out,
     )  # fmt: skip
+    groups_TG = _groups_of_four(x_TD)
+    num_groups = groups_TG.shape[1]
+    config = config or gemv_config(weight, num_tokens)
     stored = _stored(out)
-    ternary_gemv_kernel[(num_tokens, tiles, splits)](
-        weight.words, rows, indices, x_scale_T1, weight_scale_O, stored, workspace.sums, workspace.arrivals,
-        num_rows, weight.out_features, weight.words_per_row, config.rows_per_program,
-        FEATURES=mode, BLOCK_ROWS=config.block_rows, BLOCK_WORDS=config.block_columns, TILES=config.tiles,
-        num_warps=config.num_warps,
+    ternary_gemv_kernel[(triton.cdiv(weight.words_per_row, 32), config.splits, num_tokens)](
+        weight.words, groups_TG, x_scale_T1, weight_scale_O, stored, workspace.sums,
+        num_groups, out_features, _count_shift(weight.in_features, config.splits),
+        WORDS_PER_ROW=weight.words_per_row, STEPS=config.steps(num_groups), CHUNKS=config.chunks,
+        WARPS=config.num_warps, INTERPRET=INTERPRETED, num_warps=config.num_warps,
+        **_overlap_options(config, x_TD.device),
     )  # fmt: skip
     return _finished(stored, out)
 
@@ -254,8 +210,7 @@ def ternary_dot(
         ValueError: as `ternary_gemv`.
     """
     check_packed("weight", weight, "row")
-    x_TD, _, _ = _operand(x_TD, torch.int8, weight.in_features, "all")
-    num_tokens, num_features = x_TD.shape
+    num_tokens = _check_activations(x_TD, torch.int8, weight.in_features)
     _check_scales(x_scale_T1, weight_scale_O, num_tokens, weight.out_features)
     config = config or DotConfig()
     out = _output(out, num_tokens, weight.out_features, x_TD.device)
@@ -263,26 +218,26 @@ def ternary_dot(
     steps = triton.cdiv(weight.words_per_row, config.block_words)
     words_per_program = triton.cdiv(steps, config.splits) * config.block_words
     splits = triton.cdiv(weight.words_per_row, words_per_program)
-    workspace = _workspace(workspace, x_TD.device, num_tokens * weight.out_features, tiles)
+    workspace = _workspace(workspace, x_TD.device, num_sums=num_tokens * weight.out_features)
     check_same_device(
         x_TD=x_TD, weight=weight.words, x_scale_T1=x_scale_T1, weight_scale_O=weight_scale_O,
         workspace=workspace.sums, out=out,
     )  # fmt: skip
     stored = _stored(out)
     ternary_dot_kernel[(tiles, splits)](
-        weight.words, x_TD, x_scale_T1, weight_scale_O, stored, workspace.sums, workspace.arrivals,
-        num_tokens, num_features, weight.out_features, weight.words_per_row, words_per_program,
+        weight.words, x_TD, x_scale_T1, weight_scale_O, stored, workspace.sums,
+        num_tokens, weight.in_features, weight.out_features, weight.words_per_row, words_per_program,
+        _count_shift(weight.in_features, splits),
         BLOCK_OUTPUTS=config.block_outputs, BLOCK_WORDS=config.block_words, STAGES=config.num_stages,
-        INTERPRET=INTERPRETED, num_warps=config.num_warps,
+        INTERPRET=INTERPRETED, num_warps=config.num_warps, **_overlap_options(config, x_TD.device),
     )  # fmt: skip
     return _finished(stored, out)
 
 
 def float_gemv(
-    x: Tensor | ActiveFeatures,
+    x_TD: Tensor,
     weight_DO: Tensor,
     *,
-    features: Literal["all", "nonzero"] = "nonzero",
     config: GemvConfig | None = None,
     workspace: Workspace | None = None,
     out: Tensor | None = None,
@@ -290,10 +245,9 @@ def float_gemv(
     """y = x W^T for one or a few tokens of bf16 activations, skipping the weights of zeros, summed in float32.
 
     Args:
-        x: bf16 activations [T, D], or their nonzeros from `compact_nonzero`.
+        x_TD: bf16 activations [T, D].
         weight_DO: bf16 W^T [D, O]: an input feature's weights for all outputs are contiguous.
-        features: as in `ternary_gemv`.
-        config: shape of a program's work; None for `float_gemv_config`.
+        config: division of the work; None for `float_gemv_config`.
         workspace: as in `ternary_gemv`; only its `arrivals` are used.
         out: bf16 [T, O] to write to; None allocates it.
 
@@ -305,61 +259,64 @@ def float_gemv(
     """
     check_tensor("weight_DO", weight_DO, dtype=torch.bfloat16, shape=(None, None))
     in_features, out_features = weight_DO.shape
-    rows, indices, mode = _operand(x, torch.bfloat16, in_features, features)
-    num_tokens, num_rows = rows.shape
-    config = config or float_gemv_config(num_rows, out_features, num_tokens)
-    out = _output(out, num_tokens, out_features, rows.device)
-    tiles = triton.cdiv(out_features, config.block_columns)
-    splits = triton.cdiv(num_rows, config.rows_per_program)
-    partial = torch.empty(num_tokens, splits, out_features, dtype=torch.float32, device=rows.device)
-    workspace = _workspace(workspace, rows.device, 0, num_tokens * tiles)
-    check_same_device(x=rows, indices=indices, weight_DO=weight_DO, workspace=workspace.arrivals, out=out)
+    num_tokens = _check_activations(x_TD, torch.bfloat16, in_features)
+    config = config or float_gemv_config(weight_DO, num_tokens)
+    out = _output(out, num_tokens, out_features, x_TD.device)
+    tiles = triton.cdiv(out_features, 256)
+    partial = torch.empty(num_tokens, config.splits, out_features, dtype=torch.float32, device=x_TD.device)
+    workspace = _workspace(workspace, x_TD.device, num_arrivals=num_tokens * tiles)
+    check_same_device(x_TD=x_TD, weight_DO=weight_DO, workspace=workspace.arrivals, out=out)
     stored = _stored(out)
-    float_gemv_kernel[(num_tokens, tiles, splits)](
-        weight_DO, rows, indices, stored, partial, workspace.arrivals,
-        num_rows, out_features, config.rows_per_program,
-        FEATURES=mode, BLOCK_ROWS=config.block_rows, BLOCK_OUTPUTS=config.block_columns, TILES=config.tiles,
-        INTERPRET=INTERPRETED, num_warps=config.num_warps,
+    # The limit also tells the assembler that fewer registers are no gain; else it delays loads to save some.
+    registers = {} if INTERPRETED else {"maxnreg": FLOAT_REGISTERS}
+    float_gemv_kernel[(tiles, config.splits, num_tokens)](
+        weight_DO, x_TD, stored, partial, workspace.arrivals, in_features,
+        NUM_OUTPUTS=out_features, STEPS=config.steps(in_features), CHUNKS=config.chunks, WARPS=config.num_warps,
+        SPLITS=config.splits, num_warps=config.num_warps, **registers, **_overlap_options(config, x_TD.device),
     )  # fmt: skip
     return _finished(stored, out)
 
 
-def gemv_config(num_rows: int, out_features: int, num_tokens: int) -> GemvConfig:
-    """Default shape for `ternary_gemv`: 16 loads of 16 bytes per thread, 128 features per program in large products."""
-    words = triton.cdiv(out_features, CODES_PER_WORD)
-    columns = min(128, max(16, triton.next_power_of_2(words)))
-    config = GemvConfig(block_rows=64, block_columns=columns)
-    if num_tokens * triton.cdiv(words, columns) * triton.cdiv(num_rows, 64) > 1024:
-        # Two tiles of 128 words would not fit the registers.
-        config = replace(config, block_columns=min(64, columns), tiles=2)
-    return config
+def gemv_config(weight: PackedTernary, num_tokens: int) -> GemvConfig:
+    """Default for `ternary_gemv`: two programs per multiprocessor, in one turn at batch 1 of usual sizes."""
+    programs = 2 * multiprocessors(weight.words.device) // (triton.cdiv(weight.words_per_row, 32) * num_tokens)
+    return GemvConfig.filling(programs, triton.cdiv(weight.in_features, 4), num_warps=4, most_steps=TERNARY_STEPS)
 
 
-def float_gemv_config(num_rows: int, out_features: int, num_tokens: int) -> GemvConfig:
-    """Default shape for `float_gemv`: several hundred programs of 16-byte loads."""
-    columns = min(512, max(64, triton.next_power_of_2(out_features)))
-    programs = triton.cdiv(out_features, columns) * num_tokens
-    tiles = max(1, min(8, num_rows * programs // (16 * 528)))
-    return GemvConfig(block_rows=16, block_columns=columns, tiles=tiles)
+def float_gemv_config(weight_DO: Tensor, num_tokens: int) -> GemvConfig:
+    """Default for `float_gemv`: four programs per multiprocessor, which FLOAT_REGISTERS admit."""
+    in_features, out_features = weight_DO.shape
+    programs = 4 * multiprocessors(weight_DO.device) // (triton.cdiv(out_features, 256) * num_tokens)
+    return GemvConfig.filling(programs, in_features, num_warps=4, most_steps=FLOAT_STEPS)
 
 
-def _operand(
-    x: Tensor | ActiveFeatures, dtype: torch.dtype, in_features: int, features: str
-) -> tuple[Tensor, Tensor, Features]:
-    """Values [T, R], indices (the values again where there are none), and the kernel's feature mode."""
-    if features not in ("all", "nonzero"):
-        raise ValueError(f"features: {features!r}, expected 'all' or 'nonzero'; pass ActiveFeatures for a list")
-    if isinstance(x, ActiveFeatures):
-        check_tensor("x.values", x.values, dtype=dtype, shape=(None, None))
-        check_tensor("x.indices", x.indices, dtype=torch.int32, shape=tuple(x.values.shape))
-        _check_range("x.values capacity", x.values.shape[1], 1, in_features)
-        values, indices, mode = x.values, x.indices, "listed"
-    else:
-        check_tensor("x", x, dtype=dtype, shape=(None, in_features))
-        values, indices, mode = x, x, features
-    _check_range("tokens of x", values.shape[0], 1, MAX_TOKENS)
+def _check_activations(x_TD: Tensor, dtype: torch.dtype, in_features: int) -> int:
+    """Number of tokens."""
+    check_tensor("x_TD", x_TD, dtype=dtype, shape=(None, in_features))
+    _check_range("tokens of x_TD", x_TD.shape[0], 1, MAX_TOKENS)
     _check_range("features of the weight", in_features, 1, MAX_FEATURES)
-    return values, indices, mode  # type: ignore[return-value]  # one of three literals
+    return x_TD.shape[0]
+
+
+def _groups_of_four(x_TD: Tensor) -> Tensor:
+    """int32 [T, D / 4]: four codes in the bytes of a word, zeros behind the last; a view where the memory allows it."""
+    if x_TD.shape[1] % 4 or x_TD.data_ptr() % 4:
+        x_TD = pad(x_TD, (0, -x_TD.shape[1] % 4)).clone()
+    return x_TD.view(torch.int32)
+
+
+def _count_shift(in_features: int, splits: int) -> int:
+    """The bits of a sum below its count of arrivals: 2^shift is more than twice any sum of codes, 128 D."""
+    shift = (2 * 128 * in_features).bit_length()
+    most = 2 ** (31 - shift) - 1
+    if splits > most:
+        raise ValueError(f"config.splits={splits}: expected at most {most} for {in_features} features")
+    return shift
+
+
+def _overlap_options(config: GemvConfig | DotConfig, device: torch.device) -> dict[str, Any]:
+    overlap = config.overlap and not INTERPRETED and torch.cuda.get_device_capability(device) >= (9, 0)
+    return {"OVERLAP": True, "launch_pdl": True} if overlap else {"OVERLAP": False}
 
 
 def _check_range(name: str, value: int, least: int, most: int) -> None:
@@ -388,7 +345,9 @@ def _finished(stored: Tensor, out: Tensor) -> Tensor:
     return out.copy_(stored) if INTERPRETED else out
 
 
-def _workspace(workspace: Workspace | None, device: torch.device, num_sums: int, num_arrivals: int) -> Workspace:
+def _workspace(
+    workspace: Workspace | None, device: torch.device, *, num_sums: int = 0, num_arrivals: int = 0
+) -> Workspace:
     if workspace is None:
         return Workspace.allocate(device, num_sums=num_sums, num_arrivals=num_arrivals)
     for name, memory, least in (("sums", workspace.sums, num_sums), ("arrivals", workspace.arrivals, num_arrivals)):

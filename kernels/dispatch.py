@@ -22,6 +22,8 @@ from torch.nn.functional import linear as dense_linear
 from kernels import reference
 
 Choice = Literal["auto", "triton", "reference"]
+Activation = Literal["relu2", "relu2_glu", "swiglu"]
+"""Feed-forward activation in front of the down projection; the gated ones take [gate | up]."""
 
 
 class Backward(Protocol):
@@ -34,8 +36,38 @@ class Backward(Protocol):
         """dW [O,D], or None if it was added to `main_grad`."""
 
 
+class Fused(Protocol):
+    """What stands in front of a linear layer, in one pass; bf16 only."""
+
+    def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """Normalized rows and 1/rms [..., 1]."""
+
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        """The activation function alone."""
+
+    def sparsify(
+        self,
+        x: Tensor,
+        kept: int | None,
+        block: int | None,
+        *,
+        activation: Activation | None,
+        gain: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Activation function and RMSNorm, then as `Kernels.sparsify`; codes, scales, and 1/rms."""
+
+    def backward(
+        self, grad: Tensor, x: Tensor, *, activation: Activation | None, gain: Tensor | None, rstd: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of x and gain from the gradient behind the norm (or behind the activation)."""
+
+
 class Kernels(Protocol):
     """What a linear layer computes with."""
+
+    fused: Fused | None
+    """Forms fused with what precedes the layer; None: there are none."""
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
         """int8 codes of the `kept` largest features (of each `block`; None: of the row) and scales [..., 1]."""
@@ -69,6 +101,8 @@ def kernels_for(device: torch.device | str, choice: Choice = "auto") -> Kernels:
 
 class ReferenceKernels:
     """The ground truth, for CPUs, for float64, and to compare with."""
+
+    fused: Fused | None = None
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
         """See `Kernels.sparsify`."""

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import check_dtype, check_rows
+from kernels.launch import INTERPRETED, check_dtype, check_rows, row_options
 from kernels.sparsify import check_kept, quarters
 from kernels.sparsify_triton import load_quarter, pack_codes, row_gamma, row_scale, store_largest
 
@@ -130,6 +130,7 @@ def sparsify(
     activation: Activation | None = None,
     gain: Tensor | None = None,
     eps: float = 1e-5,
+    launch: dict[str, int] | None = None,
 ) -> Sparsified:
     """Activation, RMSNorm, int8 codes and top-K of each token in one pass.
 
@@ -140,6 +141,7 @@ def sparsify(
         activation: what precedes the norm; None: nothing.
         gain: [F] gain of the RMSNorm, bf16 or float32; None: no norm.
         eps: added to the mean square.
+        launch: `num_warps` and `maxnreg` of the kernel; None: chosen by the row's size.
 
     Returns:
         codes [..., F] int8, scale [..., 1] float32, and 1/rms [..., 1] float32 (None without a norm).
@@ -166,14 +168,19 @@ def sparsify(
         ROWS=lines, COLUMNS=columns, BLOCK=block if block and kept is not None else 0,
         SPARSE=kept is not None and kept < (block or features),
         ACTIVATION=activation or "", NORM=gain is not None,
-        num_warps=_warps(lines * columns),
+        **(launch or _options(lines * columns)),
     )  # fmt: skip
     return Sparsified(codes, scale, rstd)
 
 
-def _warps(words: int) -> int:
-    """Warps for a program that holds `words` words of four codes."""
-    return max(1, min(16, words // 256))
+def _options(words: int) -> dict[str, int]:
+    """Launch options for a row of `words` words of four codes: as for quantization alone, as long as nothing spills.
+
+    Above 8192 features that would be 8 warps of 80 registers, and up to 50 of a thread's values would spill.
+    """
+    if words <= 2048:
+        return row_options(words)
+    return {"num_warps": 16} | ({} if INTERPRETED else {"maxnreg": 64})
 
 
 def check_input(x: Tensor, activation: Activation | None) -> tuple[Tensor, int]:

@@ -18,6 +18,8 @@ another number of multiprocessors adds in another order.
 Shapes: T tokens, D features of the layer's input, P programs; the input has 2 D columns with a gated activation.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +30,16 @@ from kernels.launch import INTERPRETED, check_dtype, check_rows, multiprocessors
 
 _CHUNK = 2048
 """Features per program of the kernel without a reduction."""
+
+
+class NormLaunch(NamedTuple):
+    """How the kernel with a norm is launched."""
+
+    num_warps: int
+    programs: int
+    """Per multiprocessor; they should fit on it together."""
+    registers: int | None
+    """Limit per thread."""
 
 
 @triton.jit
@@ -162,6 +174,7 @@ def backward(
     activation: Activation | None = None,
     gain: Tensor | None = None,
     rstd: Tensor | None = None,
+    launch: NormLaunch | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of the input and the gain of `fused.sparsify`.
 
@@ -171,6 +184,7 @@ def backward(
         activation: as in the forward pass.
         gain: as in the forward pass.
         rstd: [..., 1] float32 that the forward pass returned; None without a norm.
+        launch: of the kernel with a norm; None: `norm_launch`.
 
     Returns:
         dx in the shape of `x`, contiguous, and dgain [D] in the type of `gain` (None without a norm).
@@ -192,7 +206,7 @@ def backward(
     _check_rstd(rstd, x)
     if dx.numel() == 0:
         return dx, torch.zeros_like(gain)
-    partial = _launch_norm(grad_rows, rows, gain, rstd, dx, features, activation)
+    partial = _launch_norm(grad_rows, rows, gain, rstd, dx, activation, launch or norm_launch(features))
     return dx, partial.sum(0).to(gain.dtype)
 
 
@@ -204,24 +218,35 @@ def _launch_activation(grad: Tensor, rows: Tensor, dx: Tensor, features: int, ac
 
 
 def _launch_norm(
-    grad: Tensor, rows: Tensor, gain: Tensor, rstd: Tensor, dx: Tensor, features: int, activation: Activation | None
+    grad: Tensor,
+    rows: Tensor,
+    gain: Tensor,
+    rstd: Tensor,
+    dx: Tensor,
+    activation: Activation | None,
+    launch: NormLaunch,
 ) -> Tensor:
     """Fill dx and return the partial sums of dgain, [P, D] float32."""
-    block = triton.next_power_of_2(triton.cdiv(features, 4))
-    warps, per_multiprocessor = _occupancy(block)
-    programs = min(rows.shape[0], per_multiprocessor * multiprocessors(rows.device))
+    features = grad.shape[1]
+    programs = min(rows.shape[0], launch.programs * multiprocessors(rows.device))
     partial = torch.empty((programs, features), dtype=torch.float32, device=rows.device)
     _norm_kernel[(programs,)](
         grad, rows, gain, rstd, dx, partial, rows.shape[0], grad.stride(0), rows.stride(0), features,
-        BLOCK=block, ACTIVATION=activation or "", num_warps=warps, maxnreg=None if INTERPRETED else 64,
+        BLOCK=_piece(features), ACTIVATION=activation or "",
+        num_warps=launch.num_warps, maxnreg=None if INTERPRETED else launch.registers,
     )  # fmt: skip
     return partial
 
 
-def _occupancy(block: int) -> tuple[int, int]:
-    """Warps per program (16 features per thread), and programs per multiprocessor for 32 warps on it."""
-    warps = max(1, min(32, block // 128))
-    return warps, 32 // warps
+def norm_launch(features: int) -> NormLaunch:
+    """16 features per thread, and 32 warps on a multiprocessor, which leaves each thread 64 registers."""
+    warps = max(1, min(32, _piece(features) // 128))
+    return NormLaunch(warps, 32 // warps, 64)
+
+
+def _piece(features: int) -> int:
+    """A quarter of a row, rounded up to a power of two."""
+    return triton.next_power_of_2(triton.cdiv(features, 4))
 
 
 def _check_no_norm(activation: Activation | None, gain: Tensor | None, rstd: Tensor | None) -> None:

@@ -4,7 +4,6 @@ Clear and slow: expert boundaries are read on the host, and nothing is fused.  S
 `kernels.reference.linear`, so that the integer forms are the same bits and the float forms differ by summation order.
 """
 
-
 from itertools import pairwise
 
 import torch

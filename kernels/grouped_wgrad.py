@@ -1,33 +1,39 @@
 """Weight gradients of a mixture's experts: dW[e] = sum of dY[t]^T x[t] over the tokens of expert e, in one launch.
 
     exact   dY and x bfloat16 as they are, [T, O] and [T, D], float32 sums
-    fast    FP8 codes stored transposed, [O, Tp] and [D, Tp], with one scale per expert and feature
+    fast    FP8 codes stored transposed, [O, Tp] and [D, Tp], with one scale per expert (and part of its weight)
 
 The sum runs over tokens, so an expert's boundary lies inside the summed axis and the last tile of an expert must not
 see the next one.  Exact: whole tiles run unmasked through the copy engine, and one masked tile ends each sum.  Fast:
 each expert's range of the transposed buffers starts on a multiple of 128 tokens and is filled up with zeros, so every
 tile is whole.  128 is one tile of the sum, so this costs no products beyond those that a masked tile would waste, only
-memory: at most 127 columns per expert.  A scale per token cannot leave a sum over tokens; one per expert and feature
-can.
+memory: at most 127 columns per expert.  A scale per token cannot leave a sum over tokens; `grouped_gradients` moves it
+into the codes of x.  FP8 sums of Hopper's tensor cores keep 13 bits below the largest term of each 32: over t tokens
+they lose about t / 32 * 2^-14 of the result, less than the rounding of the codes (3%) up to 16,000 tokens per expert.
 
 Each tile of dW is a program of its own: its cost varies with the expert's token count, and the hardware hands out
-programs as others end, which balances better than a fixed share per multiprocessor.
+programs as others end, which balances better than a fixed share per multiprocessor.  On Hopper the fast form is
+`grouped_hopper`'s, whose loads of the next tile run during the stores of this one.
 
-Shapes: T token copies, Tp padded token columns, E experts, O output features, D input features.
+Shapes: T token copies, Tp padded token columns, E experts, O output features, D input features, P parts of a weight.
 """
 
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: SIM102 - O is a dimension; compile-time branches stay statements
+import importlib
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.tile_launch import (
+    HopperTile,
     TileConfig,
     check_operand,
     check_same_device,
     check_tensor,
+    chosen_tile,
     descriptor,
     dot_tiles,
     launch_options,
@@ -39,9 +45,8 @@ from kernels.tile_launch import (
 TOKEN_PAD = 128
 """Each expert's range in a transposed buffer is padded to a multiple of this many tokens."""
 
-WGRAD_CONFIG = TileConfig(128, 256, 64, num_warps=8, num_stages=3, persistent=False)
-WGRAD_FP8_CONFIG = TileConfig(128, 256, 128, num_warps=8, num_stages=3, persistent=False)
-_E4M3_MAX = 448.0
+WGRAD_CONFIG = TileConfig(128, 256, 64, num_warps=8, num_stages=4, persistent=False)
+WGRAD_FP8_CONFIG = TileConfig(128, 256, 128, num_warps=8, num_stages=4, persistent=False)
 
 
 @triton.jit
@@ -50,12 +55,11 @@ def _grouped_wgrad_kernel(
     b_desc,
     dw_EMN,
     offsets_E1,
-    a_scale_EM,
-    b_scale_EN,
+    scale_EP,
     M: tl.constexpr,
     N: tl.constexpr,
     K_CONTIGUOUS: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
+    PARTS: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     GROUP_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -64,7 +68,10 @@ def _grouped_wgrad_kernel(
     WIDEN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """dw[e] (+)= a[e] b[e]; operands [tokens, features], or [features, tokens] when K_CONTIGUOUS (padded experts)."""
+    """dw[e] (+)= scale[e] a[e] b[e]; PARTS scales over the rows, 0: none.
+
+    Operands [tokens, features], or [features, tokens] when K_CONTIGUOUS (padded experts).
+    """
     ROW_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     COLUMN_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0)
@@ -94,10 +101,10 @@ def _grouped_wgrad_kernel(
             acc = dot_tiles(a.T, b, acc, WIDEN)
     rows = row + tl.arange(0, BLOCK_M)
     columns = column + tl.arange(0, BLOCK_N)
-    if HAS_SCALES:
-        a_scale = tl.load(a_scale_EM + expert * M + rows, mask=rows < M, other=0.0)
-        b_scale = tl.load(b_scale_EN + expert * N + columns, mask=columns < N, other=0.0)
-        acc = acc * a_scale[:, None] * b_scale[None, :]
+    if PARTS == 1:
+        acc = acc * tl.load(scale_EP + expert)
+    elif PARTS > 1:
+        acc = acc * tl.load(scale_EP + expert * PARTS + tl.minimum(rows // (M // PARTS), PARTS - 1))[:, None]
     mask = (rows < M)[:, None] & (columns < N)[None, :]
     at = dw_EMN + expert.to(tl.int64) * M * N + rows.to(tl.int64)[:, None] * N + columns[None, :]
     if ACCUMULATE:
@@ -133,7 +140,7 @@ def grouped_wgrad(
     check_operand("grad_TO", grad_TO, dtype=torch.bfloat16, shape=(None, None))
     check_operand("x_TD", x_TD, dtype=torch.bfloat16, shape=(grad_TO.shape[0], None))
     check_tensor("offsets", offsets, dtype=torch.int32, shape=(None,))
-    return _wgrad(grad_TO, x_TD, offsets, None, None, main_grad_EOD, dtype, config, k_contiguous=False)
+    return _wgrad(grad_TO, x_TD, offsets, None, main_grad_EOD, dtype, config, k_contiguous=False)
 
 
 def grouped_wgrad_fp8(
@@ -141,26 +148,24 @@ def grouped_wgrad_fp8(
     x_DT: Tensor,
     padded_offsets: Tensor,
     *,
-    grad_scale_EO: Tensor,
-    x_scale_ED: Tensor,
+    scale_EP: Tensor,
     main_grad_EOD: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-    config: TileConfig = WGRAD_FP8_CONFIG,
+    config: TileConfig | HopperTile | None = None,
 ) -> Tensor:
-    """dW[e] = (grad_scale dY)^T (x_scale x) from transposed FP8 codes, as `pack_transposed` writes them.
+    """dW[e] = scale[e] dY^T x from transposed FP8 codes, as `grouped_gradients` writes them.
 
     Args:
         grad_OT: float8_e4m3fn [O, Tp], each expert's range zero-filled to a multiple of 128 tokens.
         x_DT: float8_e4m3fn [D, Tp], padded alike.
         padded_offsets: int32 [E + 1], first column of each expert, multiples of 128.
-        grad_scale_EO: float32, true value per code of each expert and output feature.
-        x_scale_ED: float32, the same for input features.
+        scale_EP: float32 scale of each expert's P equal ranges of output features; P divides O.
         main_grad_EOD: float32 or bfloat16 buffer that the gradient is added to, in place; absent: a new tensor.
         dtype: type of the new tensor, float32 or bfloat16.
-        config: tile shape; `block_k` divides 128.
+        config: tile shape of the portable or of the Hopper kernel; absent: a measured one of the best that runs here.
 
     Returns:
-        [E, O, D].
+        [E, O, D]; an expert without tokens contributes zeros.
 
     Raises:
         ValueError: a wrong dtype, shape, layout, alignment or device.
@@ -169,29 +174,20 @@ def grouped_wgrad_fp8(
     O, columns = grad_OT.shape
     check_operand("x_DT", x_DT, dtype=torch.float8_e4m3fn, shape=(None, columns))
     check_tensor("padded_offsets", padded_offsets, dtype=torch.int32, shape=(None,))
-    E = padded_offsets.shape[0] - 1
-    check_tensor("grad_scale_EO", grad_scale_EO, dtype=torch.float32, shape=(E, O))
-    check_tensor("x_scale_ED", x_scale_ED, dtype=torch.float32, shape=(E, x_DT.shape[0]))
-    if TOKEN_PAD % config.block_k:
-        raise ValueError(f"block_k={config.block_k}: expected a divisor of the token padding, {TOKEN_PAD}")
-    return _wgrad(
-        grad_OT, x_DT, padded_offsets, grad_scale_EO, x_scale_ED, main_grad_EOD, dtype, config, k_contiguous=True
-    )
+    check_tensor("scale_EP", scale_EP, dtype=torch.float32, shape=(padded_offsets.shape[0] - 1, None))
+    if not scale_EP.shape[1] or O % scale_EP.shape[1]:
+        raise ValueError(f"scale_EP: {scale_EP.shape[1]} parts, expected a divisor of the {O} output features")
+    tile = chosen_tile(config, WGRAD_FP8_CONFIG, x_DT.shape[0], grad_OT.device)
+    if isinstance(tile, TileConfig) and TOKEN_PAD % tile.block_k:
+        raise ValueError(f"block_k={tile.block_k}: expected a divisor of the token padding, {TOKEN_PAD}")
+    return _wgrad(grad_OT, x_DT, padded_offsets, scale_EP, main_grad_EOD, dtype, tile, k_contiguous=True)
 
 
 def _wgrad(
-    grad: Tensor,
-    x: Tensor,
-    offsets: Tensor,
-    grad_scale: Tensor | None,
-    x_scale: Tensor | None,
-    main_grad: Tensor | None,
-    dtype: torch.dtype,
-    config: TileConfig,
-    *,
-    k_contiguous: bool,
-) -> Tensor:
-    check_same_device(grad=grad, x=x, offsets=offsets, grad_scale=grad_scale, x_scale=x_scale, main_grad=main_grad)
+    grad: Tensor, x: Tensor, offsets: Tensor, scale_EP: Tensor | None, main_grad: Tensor | None, dtype: torch.dtype,
+    config: TileConfig | HopperTile, *, k_contiguous: bool,
+) -> Tensor:  # fmt: skip
+    check_same_device(grad=grad, x=x, offsets=offsets, scale_EP=scale_EP, main_grad=main_grad)
     feature_dim, token_dim = (0, 1) if k_contiguous else (1, 0)
     E, O, D = offsets.shape[0] - 1, grad.shape[feature_dim], x.shape[feature_dim]
     floats = (torch.float32, torch.bfloat16)
@@ -204,26 +200,21 @@ def _wgrad(
     if grad.shape[token_dim] == 0:
         return grad.new_zeros(E, O, D, dtype=dtype) if main_grad is None else main_grad
     result = torch.empty(E, O, D, dtype=dtype, device=grad.device) if main_grad is None else main_grad
+    if isinstance(config, HopperTile):
+        importlib.import_module("kernels.grouped_hopper").hopper_sums(
+            grad, x, result, offsets, scale_EP=scale_EP, accumulate=main_grad is not None, tile=config
+        )
+        return result
     stored = result.to(stored_dtype(result.dtype))  # itself, but for bfloat16 in the interpreter
 
     def tile(features: int) -> tuple[int, int]:
         return (features, config.block_k) if k_contiguous else (config.block_k, features)
 
     _grouped_wgrad_kernel[(E * triton.cdiv(O, config.block_m) * triton.cdiv(D, config.block_n),)](
-        descriptor(grad, *tile(config.block_m)),
-        descriptor(x, *tile(config.block_n)),
-        stored,
-        offsets,
-        grad_scale,
-        x_scale,
-        M=O,
-        N=D,
-        K_CONTIGUOUS=k_contiguous,
-        HAS_SCALES=grad_scale is not None,
-        ACCUMULATE=main_grad is not None,
-        GROUP_M=config.group_m,
-        **launch_options(grad, config),
-    )
+        descriptor(grad, *tile(config.block_m)), descriptor(x, *tile(config.block_n)), stored, offsets, scale_EP,
+        M=O, N=D, K_CONTIGUOUS=k_contiguous, PARTS=0 if scale_EP is None else scale_EP.shape[1],
+        ACCUMULATE=main_grad is not None, GROUP_M=config.group_m, **launch_options(grad, config),
+    )  # fmt: skip
     return result if stored is result else result.copy_(stored)
 
 
@@ -236,29 +227,3 @@ def pad_offsets(offsets: Tensor) -> Tensor:
     """int32 [E + 1]: the same experts with every token count rounded up to a multiple of 128, on the device."""
     counts = (offsets.diff() + TOKEN_PAD - 1) // TOKEN_PAD * TOKEN_PAD
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
-
-
-def pack_transposed(x_TD: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """FP8 codes of `x`, transposed, with one absmax scale per expert and feature, for `grouped_wgrad_fp8`.
-
-    PyTorch operations on the device of `x`, without host synchronization.
-
-    Args:
-        x_TD: floats, sorted by expert.
-        offsets: int32 [E + 1].
-
-    Returns:
-        (float8_e4m3fn [D, Tp], float32 scale [E, D], int32 padded offsets [E + 1]).
-    """
-    (T, D), E = x_TD.shape, offsets.shape[0] - 1
-    tokens = torch.arange(T, device=x_TD.device)
-    expert_T = torch.searchsorted(offsets[1:].contiguous(), tokens, right=True)
-    magnitude = x_TD.float().abs()
-    absmax_ED = magnitude.new_zeros(E, D).scatter_reduce(0, expert_T.unsqueeze(1).expand(T, D), magnitude, "amax")
-    scale_ED = torch.where(absmax_ED > 0, absmax_ED / _E4M3_MAX, 1.0)
-    codes_TD = (x_TD.float() / scale_ED[expert_T]).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn)
-    padded = pad_offsets(offsets)
-    columns_T = tokens - offsets[expert_T] + padded[expert_T]
-    packed_DT = torch.zeros(D, padded_columns(T, E), dtype=torch.uint8, device=x_TD.device)
-    packed_DT[:, columns_T] = codes_TD.view(torch.uint8).t()
-    return packed_DT.view(torch.float8_e4m3fn), scale_ED, padded

@@ -10,9 +10,9 @@ A row of N codes is stored in U units of P two-bit fields.  Field p of unit u ho
              the union of the tokens' masks leaves little to skip.
 
 The obvious way gives neighbouring weights to one unit.  With planes, field p of consecutive units is a run of
-consecutive entries, so that decoding needs no shuffle.  The units make decoding cheap: in the column layout fields p
-and p + 8 are the two 16-bit halves of `(word >> 2 p) & 0x00030003`, and one multiplication scales both; in the row
-layout `(word << (6 - 2 p)) & 0xC0C0C0C0` is four int8 operands of the matrix unit, 64 t each.
+consecutive entries, so that decoding needs no shuffle.  The fields make decoding cheap: in the column layout a masked
+byte is an unsigned operand of the byte-wise dot product; in the row layout `(word << (6 - 2 p)) & 0xC0C0C0C0` is four
+int8 operands of the matrix unit, 64 t each.
 
 Rows are padded with weight 0 to whole blocks of 256 codes, 64 bytes, so that every load is 16 bytes wide.
 

@@ -141,16 +141,20 @@ def part_sums(table: RowTable, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def codes(table: RowTable, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def codes(table: RowTable, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """int8 codes of all weights, one after the other, [num_codes].
 
     Args:
         table: where the weights are.
         scale: [P] float32, `reference.absmean_scale` of the summed part sums.
         dtype: of the weights.
+        out: where to write them; None: a new tensor.
     """
     check_dtype(scale, "scale", (torch.float32,))
-    out = torch.empty(table.num_codes, dtype=torch.int8, device=scale.device)
+    if out is None:
+        out = torch.empty(table.num_codes, dtype=torch.int8, device=scale.device)
+    elif out.numel() != table.num_codes or out.dtype != torch.int8:
+        raise ValueError(f"out has {out.numel()} elements of {out.dtype}, the weights take {table.num_codes} int8")
     chunk = min(2048, triton.next_power_of_2(table.longest))
     _codes_kernel[(len(table.address),)](
         table.address, table.length, table.part, table.offset, scale, out,

@@ -20,7 +20,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.gemm import has_hopper_kernel
+
 ALIGNMENT_BYTES = 16
+HOPPER_STEP_BYTES = 128
+"""Bytes of each operand's row that `grouped_hopper` multiplies in one step."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,30 @@ class TileConfig:
             return most
         processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
         return min(most, processors * self.programs_per_sm)
+
+
+@dataclass(frozen=True)
+class HopperTile:
+    """Shape of one program's work in `grouped_hopper`; no field changes an integer result.
+
+    A step of the sum is 128 bytes of each operand, and `stages` of them fill the ring of slots.
+    """
+
+    block_m: int = 128
+    block_n: int = 256
+    stages: int = 4
+    warps: int = 8
+    group_m: int = 8
+    programs_per_sm: int = 1
+
+
+def chosen_tile(
+    config: TileConfig | HopperTile | None, portable: TileConfig, result_columns: int, device: torch.device
+) -> TileConfig | HopperTile:
+    """`config`; absent, the Hopper kernel where it runs and can write whole 16 bytes of bfloat16, else `portable`."""
+    if config is not None:
+        return config
+    return HopperTile() if has_hopper_kernel(device) and result_columns % 8 == 0 else portable
 
 
 @triton.jit

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from kernels import gradients
-from kernels.dispatch import Backward, ReferenceKernels
+from kernels import fused, fused_backward, gradients
+from kernels.activation import activate
+from kernels.dispatch import Activation, Backward, Fused, ReferenceKernels
 from kernels.gemm import gemm, unaligned
+from kernels.norm import rms_norm
 from kernels.sparsify import MAX_BLOCK, MAX_FEATURES, sparsify
 
 
@@ -15,12 +17,13 @@ class TritonKernels:
 
     def __init__(self) -> None:
         self._reference = ReferenceKernels()
+        self.fused: Fused | None = FusedKernels()
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
         """See `Kernels.sparsify`."""
         if x.dtype == torch.float64 or x.shape[-1] > MAX_FEATURES or (block is not None and block > MAX_BLOCK):
             return self._reference.sparsify(x, kept, block)
-        return sparsify(x if _is_rows(x) else x.contiguous(), kept, block)
+        return sparsify(_rows(x), kept, block)
 
     def linear(
         self, x: Tensor, weight: Tensor, *, x_scale: Tensor | None, weight_scale: Tensor | None, dtype: torch.dtype
@@ -47,6 +50,37 @@ class TritonKernels:
         if x_scale is None or weight.dtype != torch.int8:
             raise ValueError("gradients=e4m3 needs weights=ternary and activations=int8")
         return FastBackward(grad, weight, weight_scale, x_scale)
+
+
+class FusedKernels:
+    """`dispatch.Fused` in Triton."""
+
+    def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See `Fused.rms_norm`."""
+        return rms_norm(_rows(x), gain, eps)
+
+    def activate(self, x: Tensor, activation: Activation) -> Tensor:
+        """See `Fused.activate`."""
+        return activate(_rows(x), activation)
+
+    def sparsify(
+        self,
+        x: Tensor,
+        kept: int | None,
+        block: int | None,
+        *,
+        activation: Activation | None,
+        gain: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `Fused.sparsify`."""
+        return fused.sparsify(_rows(x), kept, block, activation=activation, gain=gain, eps=eps)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, *, activation: Activation | None, gain: Tensor | None, rstd: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Fused.backward`."""
+        return fused_backward.backward(_rows(grad), _rows(x), activation=activation, gain=gain, rstd=rstd)
 
 
 class ExactBackward:
@@ -109,8 +143,9 @@ class FastBackward:
         return dw if main_grad is None else None
 
 
-def _is_rows(x: Tensor) -> bool:
-    return x.stride(-1) == 1 and (x.dim() <= 2 or x.is_contiguous())
+def _rows(x: Tensor) -> Tensor:
+    """`x` so that one stride reaches all its rows."""
+    return x if x.stride(-1) == 1 and (x.dim() <= 2 or x.is_contiguous()) else x.contiguous()
 
 
 def _fits(weight: Tensor) -> bool:

@@ -13,11 +13,16 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
+from launch.bench_command import add_bench_parser
+from launch.compare_command import add_compare_parser
 from launch.config_command import add_config_parser
 from launch.doctor import add_doctor_parser
+from launch.launch_command import add_launch_parser
 from launch.mlflow_command import add_mlflow_parser
+from launch.preflight_command import add_preflight_parser
 from launch.report_command import add_report_parser
 from launch.run_commands import add_run_parsers
+from launch.status_command import add_status_parsers
 from launch.track_command import add_track_parser
 from pipeline.data.commands import add_data_parser
 
@@ -43,11 +48,16 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qsparse {version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_run_parsers(commands)
+    add_launch_parser(commands)
+    add_status_parsers(commands)
+    add_preflight_parser(commands)
     add_config_parser(commands)
     add_data_parser(commands)
     add_report_parser(commands)
+    add_compare_parser(commands)
     add_mlflow_parser(commands)
     add_track_parser(commands)
+    add_bench_parser(commands)
     add_doctor_parser(commands)
     return parser
 

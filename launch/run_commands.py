@@ -12,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from launch.arguments import OVERRIDES_HELP, split_overrides
-from launch.local import inside_torchrun, run_local
+from launch.local import Rendezvous, inside_torchrun, run_local
+from launch.records import record_end
+from launch.track_command import tell_end
 from pipeline.config import Config
 from pipeline.config_loader import load_config
+from pipeline.exit_codes import ExitCode
 from pipeline.run_directory import RunDirectory
 
 _TRAIN_EPILOG = """\
@@ -77,23 +80,33 @@ def _add_command(commands: Any, name: str, summary: str, epilog: str) -> argpars
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    files, overrides = split_overrides([*arguments.overrides, *arguments.rest])
+    return train_here(arguments.config, [*arguments.overrides, *arguments.rest], arguments.nproc)
+
+
+def train_here(
+    path: Path, arguments: Sequence[str], num_processes: int | None, rendezvous: Rendezvous | None = None
+) -> int:
+    """Train the run of a configuration in processes of this machine; returns the exit code.
+
+    Args:
+        path: configuration file.
+        arguments: overrides.
+        num_processes: ranks on this machine; None: all that the configuration asks for.
+        rendezvous: the other machines; None: this is the only one.
+
+    Raises:
+        ValueError: the configuration is wrong, or does not fit the number of processes.
+    """
+    files, overrides = split_overrides(arguments)
     if files:
         raise ValueError(f"one CONFIG and overrides of the form KEY=VALUE are expected, got also {str(files[0])!r}")
-    config = load_config(arguments.config, overrides)
-    code = _start("pipeline.train", [str(arguments.config), *overrides], config, arguments.nproc)
-    _correct_status(RunDirectory(config.run.root / config.run.name), code)
+    config = load_config(path, overrides)
+    code = _start("pipeline.train", [str(path), *overrides], config, num_processes, rendezvous)
+    run = RunDirectory(config.run.root / config.run.name)
+    record_end(run, code)
+    if code not in (ExitCode.DONE, ExitCode.USER_ERROR) and os.environ.get("SLURM_NODEID", "0") == "0":
+        tell_end(run)
     return code
-
-
-def _correct_status(run: RunDirectory, code: int) -> None:
-    """After ranks that were killed before they could say so, status.json must not claim that they run.
-
-    Exit code 2 is a mistake that the ranks told; it may be that another process trains the run, truly.
-    """
-    status = run.read_status()
-    if code not in (0, 2) and status is not None and status["state"] == "running":
-        run.write_status("failed", status["step"], f"the processes ended with exit code {code} without saying why")
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -114,10 +127,19 @@ def _start_on_run(module: str, options: Sequence[str], arguments: argparse.Names
     return _start(module, [str(run.path), *options], load_config(run.config), arguments.nproc)
 
 
-def _start(module: str, options: Sequence[str], config: Config, num_processes: int | None) -> int:
+def _start(
+    module: str,
+    options: Sequence[str],
+    config: Config,
+    num_processes: int | None,
+    rendezvous: Rendezvous | None = None,
+) -> int:
     if inside_torchrun():
         os.execv(sys.executable, [sys.executable, "-m", module, *options])
+    nodes = rendezvous.nnodes if rendezvous else 1
     if num_processes is None:
-        num_processes = config.local_world_size
-    config.check_world_size(num_processes)
-    return run_local(module, options, config, num_processes)
+        num_processes, rest = divmod(config.local_world_size, nodes)
+        if rest:
+            raise ValueError(f"{config.local_world_size} processes do not divide over {nodes} nodes; give --nproc")
+    config.check_world_size(num_processes * nodes)
+    return run_local(module, options, config, num_processes, rendezvous)

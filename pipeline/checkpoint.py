@@ -28,12 +28,13 @@ from torch.nn import Module
 
 from pipeline.config import CheckpointConfig, Config
 from pipeline.config_layers import layer_formats
+from pipeline.data.bad_chunks import BadChunk
 from pipeline.errors import UserError
 from pipeline.model import unwrap
 from pipeline.world import agreement
 
 _PREFIX = "step-"
-_EXPERT_SHAPE = {"num_experts", "layer_frequency", "ffn_hidden_size"}
+_EXPERT_SHAPE = {"num_experts", "layer_frequency", "first_dense_layers", "ffn_hidden_size", "shared_ffn_hidden_size"}
 _HIDDEN_SUFFIX = ".incomplete"
 
 
@@ -51,6 +52,10 @@ class Progress:
     """Sequences trained on: the whole state of the data order."""
     data_fingerprint: str = ""
     """Identity of dataset, sequence length and order."""
+    data_order: dict[str, Any] = field(default_factory=dict)
+    """What the fingerprint is a hash of, for saying what differs."""
+    bad_chunks: list[BadChunk] = field(default_factory=list)
+    """Chunks that are gone around from here on."""
     model_shape: dict[str, Any] = field(default_factory=dict)
     """Keys that decide the shapes of tensors; see `model_shape`."""
     optimizer_format: dict[str, Any] = field(default_factory=dict)
@@ -85,12 +90,8 @@ def _layers_with_sub_norm(config: Config) -> bool | list[str]:
 
 
 def optimizer_format(config: Config) -> dict[str, Any]:
-    """The keys that must agree for the optimizer's state to fit, however it is sharded.
-
-    Expert parallelism gives the experts an optimizer of their own, whose state megatron-core cannot merge or split.
-    """
+    """The keys that must agree for the optimizer's state to fit, however it is sharded."""
     return {
-        "(parallel.ep > 1)": config.parallel.ep > 1,
         "parallel.distributed_optimizer": config.parallel.distributed_optimizer,
         "training.precision": config.training.precision,
     }
@@ -142,7 +143,7 @@ class Checkpoints:
                 self.remove_incomplete()
                 hidden.mkdir(parents=True)
         _gather_parameters(chunks)
-        with _told_to_all(f"checkpoint {final} cannot be written"):
+        with told_to_all(f"checkpoint {final} cannot be written"):
             dist_checkpointing.save(_state(chunks, optimizer, is_loading=False), str(hidden))
         with agreement():
             if main:
@@ -191,7 +192,8 @@ def read_progress(folder: Path) -> Progress:
     """
     meta = folder / "meta.json"
     try:
-        return Progress(**json.loads(meta.read_text()))
+        values = json.loads(meta.read_text())
+        return Progress(**{**values, "bad_chunks": [BadChunk(*chunk) for chunk in values.get("bad_chunks", ())]})
     except (FileNotFoundError, NotADirectoryError):
         below = sorted(folder.glob(f"**/{_PREFIX}*/meta.json"))
         hint = f"; did you mean {below[-1].parent}?" if below else ""
@@ -218,17 +220,20 @@ def check_fits(saved: Progress, shape: dict[str, Any], folder: Path) -> None:
         raise CheckpointError(f"checkpoint {folder} is of another model: {wrong}")
 
 
-def check_resumable(saved: Progress, config: Config, fingerprint: str, folder: Path) -> None:
+def check_resumable(
+    saved: Progress, config: Config, fingerprint: str, folder: Path, order: dict[str, Any] | None = None
+) -> None:
     """Refuse to go on with another data order or another kind of optimizer.
 
     Raises:
         CheckpointError: names what differs and both values.
     """
     if fingerprint != saved.data_fingerprint:
+        found = _differences(saved.data_order, order or {}) or f"fingerprint {fingerprint[:12]}"
         raise CheckpointError(
-            f"checkpoint {folder} was trained on another dataset, sequence length or data.seed (fingerprint "
-            f"{saved.data_fingerprint[:12]}, now {fingerprint[:12]}): resuming would repeat or skip samples. "
-            "Restore data.path, data.seed and training.seq_length, or start a new run with checkpoint.load"
+            f"checkpoint {folder} was trained on another dataset, sequence length or data.seed: resuming would repeat "
+            f"or skip samples. Restore the keys of data and training.seq_length, or start a new run with "
+            f"checkpoint.load. Now: {found}"
         )
     if wrong := _differences(saved.optimizer_format, optimizer_format(config)):
         raise CheckpointError(
@@ -268,7 +273,7 @@ def load(folder: Path, chunks: list[Module], optimizer: MegatronOptimizer | None
     Raises:
         UserError: its files cannot be read.
     """
-    with _told_to_all(f"checkpoint {folder} cannot be read"):
+    with told_to_all(f"checkpoint {folder} cannot be read"):
         state = dist_checkpointing.load(_state(chunks, optimizer, is_loading=True), str(folder))
     for index, chunk in enumerate(chunks):
         unwrap(chunk).load_state_dict(state[f"model{index}" if len(chunks) > 1 else "model"])
@@ -277,8 +282,12 @@ def load(folder: Path, chunks: list[Module], optimizer: MegatronOptimizer | None
 
 
 @contextmanager
-def _told_to_all(what: str) -> Iterator[None]:
-    """torch gathers what went wrong on any rank and raises it on all, as a BaseException full of tracebacks."""
+def told_to_all(what: str) -> Iterator[None]:
+    """torch gathers what went wrong on any rank and raises it on all, as a BaseException full of tracebacks.
+
+    Raises:
+        UserError: `what`, and the first rank's cause.
+    """
     try:
         yield
     except CheckpointException as error:
@@ -287,7 +296,19 @@ def _told_to_all(what: str) -> Iterator[None]:
 
 
 def _state(chunks: list[Module], optimizer: MegatronOptimizer | None, *, is_loading: bool) -> dict[str, Any]:
-    metadata = {
+    metadata = checkpoint_metadata()
+    state: dict[str, Any] = {
+        name: unwrap(chunk).sharded_state_dict(metadata=metadata)
+        for name, chunk in zip(chunk_names(chunks), chunks, strict=True)
+    }
+    if optimizer is not None:
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def checkpoint_metadata() -> dict[str, Any]:
+    """How megatron-core lays out a checkpoint; parallel state must be initialized."""
+    return {
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
         "distrib_optim_sharding_type": "fully_reshardable",
         "distrib_optim_fully_reshardable_mem_efficient": False,
@@ -295,10 +316,8 @@ def _state(chunks: list[Module], optimizer: MegatronOptimizer | None, *, is_load
         "singleton_local_shards": False,
         "non_homogeneous_layers": True,  # one key per layer: rules may give layers different parameters
     }
-    names = ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]
-    state: dict[str, Any] = {
-        name: unwrap(chunk).sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)
-    }
-    if optimizer is not None:
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=is_loading, metadata=metadata)
-    return state
+
+
+def chunk_names(chunks: list[Module]) -> list[str]:
+    """Keys of the chunks in a checkpoint's state; the tensors' own keys do not depend on them."""
+    return ["model"] if len(chunks) == 1 else [f"model{index}" for index in range(len(chunks))]

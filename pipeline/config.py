@@ -38,6 +38,10 @@ class RunConfig(Section):
     """`auto` takes CUDA where there is one; `cpu` runs megatron-core over gloo."""
     backend: Literal["auto", "local", "te"] = "auto"
     """Attention and fused Adam: `te` takes Transformer Engine's, `local` torch's; `auto`: te on a GPU that has it."""
+    kernels: Literal["auto", "triton", "reference"] = "auto"
+    """Linear layers: `triton` takes the fast kernels (GPU), `reference` plain PyTorch; `auto`: triton on a GPU."""
+    cuda_graph: bool = False
+    """Run forward and backward of a step as one CUDA graph: less time between kernels, a few percent more memory."""
     deterministic: bool = False
     """Only deterministic kernels; slower on GPUs, no effect on the CPU, which always is."""
     threads: PositiveInt = 1
@@ -179,15 +183,70 @@ class OptimizerConfig(Section):
     """`wsd`: share of the steps spent in the final decay."""
 
 
-class DataConfig(Section):
-    """Which prepared dataset, in which order."""
+class SourceConfig(Section):
+    """One dataset of a mixture."""
 
-    path: Path = Path("data/stdlib")
-    """Dataset folder written by `qsparse data prepare` (holds dataset.json)."""
+    path: str
+    """Dataset folder, or an s3://, gs://, https:// or hf:// address of one."""
+    weight: NonNegativeFloat = 1.0
+    """Share of the samples, relative to the other sources; 0 for one that only a phase uses."""
+
+
+class PhaseConfig(Section):
+    """What changes from a step or token on; absent keys are as in the sections `data` and `training`."""
+
+    from_step: NonNegativeInt | None = None
+    """Optimizer step with which the phase begins."""
+    from_tokens: NonNegativeInt | None = None
+    """Tokens trained on after which it begins, instead of `from_step`; batch and length change at the next step."""
+    weights: tuple[NonNegativeFloat, ...] | None = None
+    """Weights of `data.sources`, in their order."""
+    seq_length: PositiveInt | None = None
+    """Tokens per sequence; another length than before begins a new epoch of every source."""
+    global_batch_size: PositiveInt | None = None
+    """Sequences per optimizer step."""
+
+
+class DataConfig(Section):
+    """Which prepared datasets, in which order, how they are read."""
+
+    path: str = "data/stdlib"
+    """Dataset folder written by `qsparse data prepare`, or an s3://, gs://, https:// or hf:// address of one."""
+    sources: tuple[SourceConfig, ...] = ()
+    """Several datasets and their weights, instead of `path`."""
+    phases: tuple[PhaseConfig, ...] = ()
+    """Changes of weights, sequence length or batch size on the way, in order."""
     seed: NonNegativeInt = 0
     """Seed of the sample order."""
-    bad_shard: Literal["fail"] = "fail"
-    """What to do with a chunk whose crc32 is wrong."""
+    shuffle: Literal["auto", "windows", "chunks"] = "auto"
+    """`windows`: random access; `chunks`: each chunk is read from front to back by one rank; `auto`: chunks above 2^27
+    tokens per source."""
+    interleave: PositiveInt | None = None
+    """`chunks`: places of the corpus that a round of samples draws from; absent: the global batch size.  Resuming with
+    another batch size needs the old value."""
+    attention: Literal["full", "document"] = "full"
+    """`full`: a token sees all before it in the sequence; `document`: only those of its document, counted from 0."""
+    mask_eod_loss: bool = False
+    """No loss where the input is EOD: what follows belongs to another document, or is padding of a packed dataset."""
+    prefetch_threads: NonNegativeInt = 2
+    """Threads that read ahead on each rank that reads; 0: read when a step needs it."""
+    prefetch_batches: PositiveInt = 4
+    """Steps read ahead at most."""
+    bad_shard: Literal["fail", "skip"] = "fail"
+    """A chunk that is damaged or cannot be read: end the run, or take other windows in its place and record it."""
+    cache: str = "~/.cache/qsparse/data"
+    """Folder for chunks of remote datasets; the ranks of a node share it."""
+    cache_gigabytes: PositiveFloat = 50.0
+    """Size of that folder; what was not used for longest goes first."""
+    retries: NonNegativeInt = 5
+    """Further attempts after a remote store failed, with waits of 0.5, 1, 2 ... seconds between them."""
+    timeout_seconds: PositiveFloat = 60.0
+    """Longest time for one request to a remote store."""
+
+    @property
+    def all_sources(self) -> tuple[SourceConfig, ...]:
+        """The mixture; one source if `path` is all there is."""
+        return self.sources or (SourceConfig(path=self.path),)
 
 
 class CheckpointConfig(Section):
@@ -201,6 +260,9 @@ class CheckpointConfig(Section):
     """Checkpoints at multiples of this step are kept for ever; 0: none."""
     load: Path | None = None
     """Checkpoint of another run to take the initial weights from (optimizer and data order start anew)."""
+    upcycle: bool = False
+    """`load` is a checkpoint of the same model without `model.moe`: every expert begins as a copy of its layer's FFN
+    (sparse upcycling, arXiv 2212.05055)."""
 
 
 class TrackingConfig(Section):
@@ -214,6 +276,19 @@ class TrackingConfig(Section):
     """MLflow experiment."""
     log_interval: PositiveInt = 10
     """Steps between step lines on the console and metric records."""
+    parent: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Sweep that the run belongs to: MLflow shows it below a run of this name; `launch slurm --sweep` sets it."""
+    system_metrics: bool = True
+    """Log the use of CPU, memory, disk, network and GPUs of rank 0's machine with each record."""
+
+
+class WatchdogConfig(Section):
+    """When a run without progress is a hang (`pipeline.watchdog`)."""
+
+    step_seconds: NonNegativeFloat = Field(300.0, lt=600)
+    """Longest time for an optimizer step; 0: no watchdog.  Below the 600 s after which collectives give up."""
+    other_seconds: PositiveFloat = Field(540.0, lt=600)
+    """The same for the first step of a start (which compiles), an evaluation, a checkpoint and the end of the run."""
 
 
 class Config(Section):
@@ -235,6 +310,8 @@ class Config(Section):
     """When to save and what to start from."""
     tracking: TrackingConfig = TrackingConfig()
     """Where metrics go: MLflow, the console, how often."""
+    watchdog: WatchdogConfig = WatchdogConfig()
+    """When a run without progress is a hang."""
 
     @property
     def local_world_size(self) -> int:

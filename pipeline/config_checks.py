@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline.config_layers import check_layer_rules
+from pipeline.data.phases import PhaseError, resolve_phases
 
 if TYPE_CHECKING:
     from pipeline.config import Config
@@ -55,12 +56,36 @@ def _rules() -> tuple[Callable[["Config"], Iterator[Violation]], ...]:
         _context_parallel,
         _batch,
         _experts,
+        _upcycling,
         _optimizer_overlap,
         _schedule,
         _warmups,
         _precision,
         _layer_rules,
+        _data_phases,
+        _document_attention,
+        _cuda_graph,
     )
+
+
+def _cuda_graph(config: "Config") -> Iterator[Violation]:
+    """A graph repeats the same work whatever the data are."""
+    if not config.run.cuda_graph:
+        return
+    obstacles = {
+        "run.device": config.run.device == "cpu",
+        "parallel.pp": config.parallel.pp > 1,
+        "parallel.overlap_param_gather": config.parallel.overlap_param_gather,
+        "model.moe": config.model.moe is not None,
+        "model.dropout": config.model.dropout > 0,
+        "training.recompute": config.training.recompute != "none",
+        "data.attention": config.data.attention == "document",
+        "data.mask_eod_loss": config.data.mask_eod_loss,
+    }
+    for key, is_obstacle in obstacles.items():
+        if is_obstacle:
+            value = "set" if key == "model.moe" else _value(config, key)
+            yield Violation((key, "run.cuda_graph"), f"run.cuda_graph=true does not work with {key}={value}")
 
 
 def _divides(config: "Config", key: str, divisor: str, why: str) -> Iterator[Violation]:
@@ -173,6 +198,23 @@ def _experts(config: "Config") -> Iterator[Violation]:
         etp_key = "parallel.tp" if parallel.etp is None else "parallel.etp"
         message = f"{width_key}={width} is not divisible by {etp_key}={etp}: ranks share each expert evenly"
         yield Violation((width_key, etp_key), message)
+    shared = moe.shared_ffn_hidden_size
+    if shared is not None and shared % parallel.tp:
+        key = "model.moe.shared_ffn_hidden_size"
+        message = f"{key}={shared} is not divisible by parallel.tp={parallel.tp}: ranks share it evenly"
+        yield Violation((key, "parallel.tp"), message)
+    if moe.dispatcher == "flex" and config.run.device == "cpu":
+        message = "model.moe.dispatcher=flex needs GPUs and the package deep_ep, not run.device=cpu; use alltoall"
+        yield Violation(("model.moe.dispatcher", "run.device"), message)
+    if moe.dispatcher == "flex" and parallel.ep * etp == 1:
+        message = "model.moe.dispatcher=flex needs parallel.ep * parallel.etp > 1: there is nowhere to send tokens"
+        yield Violation(("model.moe.dispatcher", "parallel.ep"), message)
+    if moe.dispatcher == "alltoall" and etp > 1 and config.run.device == "cpu":
+        message = f"model.moe.dispatcher=alltoall with parallel.etp={etp} needs GPUs: gloo gathers equal sizes only"
+        yield Violation(("model.moe.dispatcher", "parallel.etp"), f"{message}; use allgather or parallel.etp=1")
+    if moe.first_dense_layers >= config.model.num_layers:
+        message = f"model.moe.first_dense_layers={moe.first_dense_layers} leaves no layer of model.num_layers="
+        yield Violation(("model.moe.first_dense_layers",), f"{message}{config.model.num_layers} with experts")
     if parallel.tp > 1 and not parallel.sequence_parallel:
         key = "parallel.sequence_parallel"
         message = (
@@ -185,6 +227,25 @@ def _experts(config: "Config") -> Iterator[Violation]:
             f"parallel.tp={parallel.tp} * parallel.cp={parallel.cp} * parallel.dp={parallel.dp} = {ranks}"
         )
         yield Violation(("parallel.ep", "parallel.etp", "parallel.dp"), message)
+
+
+def _upcycling(config: "Config") -> Iterator[Violation]:
+    moe, model, key = config.model.moe, config.model, "checkpoint.upcycle"
+    if not config.checkpoint.upcycle:
+        return
+    if config.checkpoint.load is None:
+        yield Violation((key, "checkpoint.load"), f"{key}=true needs checkpoint.load: the dense model's checkpoint")
+    if moe is None:
+        yield Violation((key, "model.moe"), f"{key}=true needs model.moe: without experts nothing is copied")
+        return
+    if moe.ffn_hidden_size not in (None, model.ffn_hidden_size):
+        width = "model.moe.ffn_hidden_size"
+        message = f"{key}=true copies FFNs: {width}={moe.ffn_hidden_size} is not model.ffn_hidden_size="
+        yield Violation((key, width), f"{message}{model.ffn_hidden_size}")
+    if moe.shared_ffn_hidden_size is not None:
+        width = "model.moe.shared_ffn_hidden_size"
+        message = f"{key}=true with {width}={moe.shared_ffn_hidden_size}: a dense model has nothing for a shared expert"
+        yield Violation((key, width), message)
 
 
 def _optimizer_overlap(config: "Config") -> Iterator[Violation]:
@@ -229,3 +290,28 @@ def _precision(config: "Config") -> Iterator[Violation]:
 def _layer_rules(config: "Config") -> Iterator[Violation]:
     for keys, message in check_layer_rules(config.model, config.parallel):
         yield Violation(keys, message)
+
+
+def _data_phases(config: "Config") -> Iterator[Violation]:
+    """Every phase must fit the layout as the section `training` must, and begin where a step does."""
+    try:
+        phases = resolve_phases(config)
+        phases.check_steps_from(0)
+    except PhaseError as error:
+        yield Violation(error.keys, str(error))
+        return
+    for number, given in enumerate(config.data.phases):
+        changes = {"seq_length": given.seq_length, "global_batch_size": given.global_batch_size}
+        kept = {name: value for name, value in changes.items() if value is not None}
+        changed = config.model_copy(update={"training": config.training.model_copy(update=kept)})
+        for rule in (_sequence, _context_parallel, _batch):
+            for violation in rule(changed) if kept else ():
+                yield Violation(
+                    (f"data.phases.{number}", *violation.keys), f"data.phases.{number}: {violation.message}"
+                )
+
+
+def _document_attention(config: "Config") -> Iterator[Violation]:
+    if config.data.attention == "document" and config.parallel.cp > 1:
+        message = f"data.attention=document with parallel.cp={config.parallel.cp}: documents do not divide over ranks"
+        yield Violation(("data.attention", "parallel.cp"), f"{message}; use data.attention=full or parallel.cp=1")

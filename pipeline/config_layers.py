@@ -5,6 +5,7 @@ Paths are those of the rules' globs: global 0-based layer numbers, the same unde
     decoder.layers.3.self_attention.linear_qkv | linear_proj
     decoder.layers.3.mlp.linear_fc1 | linear_fc2                               (dense FFN)
     decoder.layers.3.mlp.experts.local_experts.5.linear_fc1 | linear_fc2       (expert 5 of an MoE layer)
+    decoder.layers.3.mlp.shared_experts.linear_fc1 | linear_fc2                (its shared expert)
 
 They are listed from the configuration alone, so that a glob with a typo or a block size that does not divide a row is
 an error on the login node and not on the cluster.  The price is that this list and the model builder must agree.
@@ -51,12 +52,17 @@ def linear_layers(model: "ModelConfig", parallel: "ParallelConfig") -> Iterator[
 
 def _ffn_layers(model: "ModelConfig", parallel: "ParallelConfig", number: int) -> Iterator[LinearLayer]:
     mlps = [f"decoder.layers.{number}.mlp"]
+    moe = model.moe
     width, width_key = model.ffn_hidden_size, "model.ffn_hidden_size"
     shards, shards_key = parallel.tp, "parallel.tp"
-    if model.moe is not None and number % model.moe.layer_frequency == 0:
-        mlps = [f"{mlps[0]}.experts.local_experts.{expert}" for expert in range(model.moe.num_experts)]
-        if model.moe.ffn_hidden_size is not None:
-            width, width_key = model.moe.ffn_hidden_size, "model.moe.ffn_hidden_size"
+    if moe is not None and moe.is_moe_layer(number):
+        if moe.shared_ffn_hidden_size is not None:
+            shared, shared_key = f"{mlps[0]}.shared_experts", "model.moe.shared_ffn_hidden_size"
+            yield LinearLayer(f"{shared}.linear_fc1", model.hidden_size, "model.hidden_size", 1, "")
+            yield LinearLayer(f"{shared}.linear_fc2", moe.shared_ffn_hidden_size, shared_key, shards, shards_key)
+        mlps = [f"{mlps[0]}.experts.local_experts.{expert}" for expert in range(moe.num_experts)]
+        if moe.ffn_hidden_size is not None:
+            width, width_key = moe.ffn_hidden_size, "model.moe.ffn_hidden_size"
         if parallel.etp is not None:
             shards, shards_key = parallel.etp, "parallel.etp"
     for mlp in mlps:

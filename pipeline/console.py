@@ -220,6 +220,7 @@ _STEP_COLUMNS = (
     ("perf/mfu_dense_bf16", "mfu", "5.1%", "green"),
     ("qsparse/sparsity", "zeros", "5.1%", "blue"),
     ("qsparse/ternary_zeros", "ternary zeros", "5.1%", "blue"),
+    ("moe/imbalance", "imbalance", "5.2f", "yellow"),
 )
 
 

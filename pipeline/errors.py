@@ -12,3 +12,7 @@ class AgreedError(Exception):
 
 class UserError(AgreedError, ValueError):
     """A mistake in configuration, data or checkpoints; starting again would not help."""
+
+
+class NonFiniteError(AgreedError):
+    """Loss, gradient norm or weights are not numbers; names step, rank and samples."""

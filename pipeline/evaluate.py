@@ -19,7 +19,7 @@ def main() -> None:
 def _evaluate(run_dir: Path) -> None:
     with open_run(run_dir) as run:
         run.sparsity.start()
-        loss = run.learner.evaluate(run.val_data)
+        loss = run.learner.evaluate(run.data.val)
         layers = run.sparsity.stop()
         if run.world.is_main:
             from qsparse_layers.stats import model_sparsity

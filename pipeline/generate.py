@@ -75,7 +75,7 @@ def main() -> None:
 def _continue(options: argparse.Namespace) -> None:
     with open_run(options.run_dir) as run:
         text = generate(
-            *(run.learner.engine, load_tokenizer(run.val_data.tokenizer_path), options.prompt, options.tokens),
+            *(run.learner.engine, load_tokenizer(run.data.tokenizer_path), options.prompt, options.tokens),
             seq_length=run.config.training.seq_length,
             device=run.world.device,
             temperature=options.temperature,

@@ -4,8 +4,10 @@ Everything that decides the numbers of a run is here and in what it calls; files
 trainer's.
 """
 
+import importlib
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,18 +16,16 @@ from torch import Tensor
 
 from pipeline.batches import BatchReader, Windows, samples_of_rank
 from pipeline.config import Config
+from pipeline.data.bad_chunks import BadChunk, BadChunks
+from pipeline.data.phases import resolve_phases
 from pipeline.engine import Engine, Losses
-from pipeline.errors import AgreedError
-from pipeline.model import build_model
+from pipeline.errors import NonFiniteError
+from pipeline.model import Model, build_model
 from pipeline.optim import build_optimizer, set_step, wrap_data_parallel
 from pipeline.world import World, raise_together
 
 SAMPLES_NAMED = 8
 """Samples per rank that the message about a non-finite loss names."""
-
-
-class NonFiniteError(AgreedError):
-    """Loss, gradient norm or weights are not numbers; names step, rank and samples."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class StepResult:
     weight_decay: float
     consumed_samples: int
     """Sequences trained on so far, this step included."""
+    consumed_tokens: int
+    """Tokens of these sequences."""
     stop_requested: bool
     """True if any rank asked to stop."""
 
@@ -50,29 +52,44 @@ class Learner:
     Args:
         config: the run.
         world: this process's place in the layout.
-        train_data: endless stream of training windows.
+        train_data: endless stream of training windows; None on ranks that do not read.
         vocab_size: token ids of the dataset's tokenizer.
+        eod_id: token that ends every document.
+        bad_chunks: where the datasets note chunks that they go around; absent: they do not.
+        model: to train instead of the one that `config` describes, for comparisons.
     """
 
-    def __init__(self, config: Config, world: World, train_data: Windows, vocab_size: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        train_data: Windows | None,
+        vocab_size: int,
+        *,
+        eod_id: int | None = None,
+        bad_chunks: BadChunks | None = None,
+        model: Model | None = None,
+    ) -> None:
         self.config, self.world = config, world
-        self.model = build_model(config, vocab_size)
+        self.model = model or build_model(config, vocab_size)
         self.chunks = wrap_data_parallel(self.model, config)
         self.optimizer = build_optimizer(self.model, self.chunks, config)
-        self.engine = Engine(self.chunks, config)
-        self.reader = BatchReader(train_data, world, config.training.seq_length)
-        self._first_sample = 0
+        self.engine = Engine(self.chunks, config, eod_id)
+        self.phases = resolve_phases(config)
+        self.reader = BatchReader(train_data, world, config, self.phases)
+        self.bad_chunks = bad_chunks
+        self.news: list[BadChunk] = []
+        """Chunks that any rank found to be bad, for whoever tells of them and empties the list."""
+        self._ternary: Any = None
+        self.consumed_samples = 0
+        """Sequences trained on so far."""
 
-    def continue_from(self, step: int, consumed_samples: int) -> None:
+    def continue_from(self, consumed_samples: int) -> None:
         """Go on with the first sample not yet trained on, also if the global batch size was another one before."""
-        self._first_sample = consumed_samples - step * self.config.training.global_batch_size
-
-    def consumed_samples(self, step: int) -> int:
-        """Sequences trained on after `step` optimizer steps."""
-        return self._first_sample + step * self.config.training.global_batch_size
+        self.consumed_samples = consumed_samples
 
     def step(self, step: int, *, stop: bool = False) -> StepResult:
-        """One optimizer step on the next G = global_batch_size samples.
+        """One optimizer step on the next global batch of samples.
 
         Args:
             step: optimizer steps done before this one.
@@ -86,19 +103,25 @@ class Learner:
         self.model.schedule.step = step
         if self.config.model.dropout:  # random state is a function of the step, so a resume needs none saved
             tensor_parallel.model_parallel_cuda_manual_seed(self.config.run.seed + step, force_reset_rng=True)
-        count = training.global_batch_size // (training.micro_batch_size * self.world.dp_size)
-        first = self.consumed_samples(step)
-        samples = samples_of_rank(first, count, training.micro_batch_size, self.world.dp_rank, self.world.dp_size)
+        plan = self.reader.plan(self.consumed_samples)
         self.optimizer.zero_grad()
-        losses = self.engine.train(self.reader.read(samples, training.micro_batch_size), count)
+        count = len(plan.samples) // training.micro_batch_size
+        losses = self.engine.train(self.reader.step(plan), count, plan.seq_length, self._graph_key())
         loss, stop_requested = self._share(losses, self.reader, stop)
-        self._check_finite("loss", loss, losses, samples, step)
+        self._check_finite("loss", loss, losses, plan.samples, step)
         lr, decay = set_step(self.optimizer, step, self.config)
         _, grad_norm, _ = self.optimizer.step()
-        self._check_finite("gradient norm", float(grad_norm), losses, samples, step)
-        return StepResult(loss, float(grad_norm), lr, decay, self.consumed_samples(step + 1), stop_requested)
+        self._weights_changed()
+        self._check_finite("gradient norm", float(grad_norm), losses, plan.samples, step)
+        self.consumed_samples += self.phases.at(plan.first).global_batch_size
+        return StepResult(
+            *(loss, float(grad_norm), lr, decay),
+            consumed_samples=self.consumed_samples,
+            consumed_tokens=self.phases.tokens(self.consumed_samples),
+            stop_requested=stop_requested,
+        )
 
-    def evaluate(self, data: Windows) -> float:
+    def evaluate(self, data: Windows | None) -> float:
         """Mean loss in nats per token over the first `training.eval_sequences` windows of `data`.
 
         Windows are spread over ranks; what is missing to a whole number of microbatches is read again and weighted 0,
@@ -113,13 +136,35 @@ class Learner:
         rounds = math.ceil(rounds / self.config.parallel.pp) * self.config.parallel.pp  # the interleaved schedule asks
         samples = samples_of_rank(0, rounds, training.micro_batch_size, world.dp_rank, world.dp_size)
         weights = torch.tensor([sample < training.eval_sequences for sample in samples], dtype=torch.float64)
-        reader = BatchReader(data, world, training.seq_length)
-        tokens = reader.read([sample % training.eval_sequences for sample in samples], training.micro_batch_size)
+        reader = BatchReader(data, world, self.config, self.phases)
+        tokens = reader.read([sample % training.eval_sequences for sample in samples], training.seq_length)
         losses = self.engine.evaluate(tokens, rounds)
+        mask = self.engine.inputs.loss_mask(tokens)
         total: Tensor | float = 0.0
+        counted: Tensor | float = 0.0
         if losses and world.tp_rank == 0:
-            total = (torch.cat(losses).double() * weights.to(world.device)).sum() / self.config.parallel.cp
-        return self._sum(reader, total)[0] / training.eval_sequences
+            weights = weights.to(world.device) / self.config.parallel.cp
+            total = (torch.cat(losses).double() * weights).sum()
+            counted = weights.sum() if mask is None else (mask.mean(dim=-1).flatten().double() * weights).sum()
+        loss, weight = self._sum(reader, total, counted)
+        return loss / weight
+
+    def _graph_key(self) -> tuple[float, float] | None:
+        """See `Engine.train`; the first step makes its codes itself, and layers that count their zeros need Python."""
+        schedule = self.model.schedule
+        if not self.config.run.cuda_graph or schedule.weight_version is None or schedule.counting:
+            return None
+        return schedule.strength
+
+    def _weights_changed(self) -> None:
+        """Let go of the old ternary codes; make the new ones where one launch serves all layers."""
+        version = self.model.schedule.weights_changed()
+        if self.world.device.type != "cuda" or self.config.parallel.overlap_param_gather:
+            return
+        if self._ternary is None:
+            ternary = importlib.import_module("qsparse_layers.ternary")  # needs Triton
+            self._ternary = ternary.TernaryWeights(layer.module for layer in self.model.layers)
+        self._ternary.refresh(version)
 
     def check_weights(self, step: int) -> None:
         """Refuse weights that no checkpoint should hold: a finite loss can still come with an update to infinity.
@@ -136,6 +181,10 @@ class Learner:
                 "of that step was; they are not saved"
             )
 
+    def close(self) -> None:
+        """Stop reading ahead."""
+        self.reader.close()
+
     def _share(self, losses: Losses, reader: BatchReader, stop: bool) -> tuple[float, bool]:
         """Mean loss of the global batch and whether anyone wants to stop, on all ranks, in one all-reduce."""
         mean: Tensor | float = 0.0
@@ -150,14 +199,27 @@ class Learner:
         Raises:
             UserError: a rank could not read; what and where.
         """
-        shared = torch.zeros(len(values) + 1, dtype=torch.float64, device=self.world.device)
-        for index, value in enumerate((*values, float(reader.problem is not None))):
+        news = self.bad_chunks is not None and self.bad_chunks.has_new
+        shared = torch.zeros(len(values) + 2, dtype=torch.float64, device=self.world.device)
+        for index, value in enumerate((*values, float(reader.problem is not None), float(news))):
             shared[index] = value
         dist.all_reduce(shared)
-        *sums, problems = shared.tolist()
+        *sums, problems, finders = shared.tolist()
         if problems:
             raise_together(reader.problem)
+        if finders:
+            self._share_bad_chunks()
         return sums
+
+    def _share_bad_chunks(self) -> None:
+        """A rank that learns of a bad chunk drops what it read ahead, so that all ranks go around it from here on."""
+        assert self.bad_chunks is not None
+        everyone: list[list[BadChunk]] = [[] for _ in range(self.world.size)]
+        dist.all_gather_object(everyone, self.bad_chunks.take_new())
+        found = {chunk[:3]: chunk for chunks in everyone for chunk in chunks}
+        if self.bad_chunks.merge(found.values()):
+            self.reader.forget_ahead()
+        self.news += sorted(found.values())
 
     def _check_finite(self, what: str, value: float, losses: Losses, samples: list[int], step: int) -> None:
         if math.isfinite(value):

@@ -6,23 +6,29 @@
 are the strings "nan", "inf" and "-inf", so that each line is strict JSON and any tool reads it.
 
 A tracking server may be slow, down or gone; a file beside the checkpoints is none of these.  So the file is
-written first, line by line, and MLflow is a copy that can be completed at any time (`pipeline.tracking.replay`).
+written first, line by line, and MLflow is a copy that can be completed at any time (`pipeline.track_sync.replay`).
 The price is that a resume has to keep the file honest: records of steps that will be trained again are cut off
-(`rewind`), and the half line that a kill leaves behind is dropped.
+(`rewind`), and the half line that a kill leaves behind is dropped.  On a full disk records wait in memory.
 """
 
+import errno
 import json
+import logging
 import math
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 from pipeline.run_directory import write_atomic
 
+logger = logging.getLogger(__name__)
+
 RESERVED = ("step", "time_ms")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -45,13 +51,29 @@ METRICS: tuple[MetricInfo, ...] = (
     MetricInfo("perf/step_seconds", "s", "wall time of an optimizer step, mean since the last record"),
     MetricInfo("perf/tokens_per_second", "token/s", "tokens trained on per second, over all ranks"),
     MetricInfo("perf/data_wait_seconds", "s", "part of step_seconds spent waiting for the loader"),
+    MetricInfo("data/bad_chunks", "chunk", "chunks of the dataset that could not be read and are gone around"),
     MetricInfo("perf/mfu_dense_bf16", "1", "FLOP/s of the dense model over the device's bf16 peak, in [0, 1]"),
     MetricInfo("mem/peak_bytes", "byte", "largest peak of device memory over the ranks (resident memory on a CPU)"),
     MetricInfo("qsparse/sparsity", "1", "share of zero linear-layer inputs, weighted by projection weights"),
     MetricInfo("qsparse/ternary_zeros", "1", "share of zeros among the ternary weights"),
     MetricInfo("qsparse/activated_parameters", "parameter", "parameters a token multiplies: N (1 - sparsity)"),
+    MetricInfo("moe/imbalance", "1", "tokens of the busiest expert over its layer's mean, averaged over MoE layers"),
+    MetricInfo("moe/max_imbalance", "1", "the same for the layer where it is largest"),
+    MetricInfo("moe/dropped_share", "1", "share of token copies that experts dropped for lack of capacity"),
+    MetricInfo("moe/router_entropy", "nat", "entropy of the router's softmax over experts, averaged over tokens"),
+    MetricInfo("moe/router_z_loss", "1", "squared log-sum-exp of the router's logits, averaged over tokens"),
+    MetricInfo("layer_expert_tokens/<layer>", "token", "token copies of the step that this expert multiplied"),
     MetricInfo("layer_sparsity/<layer>", "1", "share of zeros in this layer's input"),
     MetricInfo("layer_ternary_zeros/<layer>", "1", "share of zeros among this layer's ternary weights"),
+    MetricInfo("system/cpu_utilization_percentage", "%", "load of all CPU cores of rank 0's machine, mean since then"),
+    MetricInfo("system/system_memory_usage_megabytes", "MB", "memory in use on that machine"),
+    MetricInfo("system/system_memory_usage_percentage", "%", "the same as a share"),
+    MetricInfo("system/disk_usage_percentage", "%", "the file system of the run directory"),
+    MetricInfo("system/network_receive_megabytes", "MB", "received since the last record"),
+    MetricInfo("system/network_transmit_megabytes", "MB", "sent since the last record"),
+    MetricInfo("system/gpu_<n>_utilization_percentage", "%", "time in which a kernel ran, by NVIDIA's driver"),
+    MetricInfo("system/gpu_<n>_memory_usage_megabytes", "MB", "memory in use on the GPU"),
+    MetricInfo("system/gpu_<n>_power_usage_watts", "W", "power draw of the GPU"),
 )
 
 
@@ -62,7 +84,7 @@ def metric_info(name: str) -> MetricInfo:
         ValueError: The name is not in the table (the message lists the names that are).
     """
     prefix, _, _ = name.partition("/")
-    canonical = f"{prefix}/<layer>" if prefix.startswith("layer_") else name
+    canonical = f"{prefix}/<layer>" if prefix.startswith("layer_") else re.sub(r"/gpu_\d+_", "/gpu_<n>_", name)
     for info in METRICS:
         if info.name == canonical:
             return info
@@ -90,11 +112,9 @@ class MetricsLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not _ends_complete(path):
             _rewrite(path, read_metrics(path))
-        self._file = self._open()
-
-    def _open(self) -> TextIO:
-        # Line-buffered: a kill -9 loses no complete record, because each has reached the kernel.
-        return self._path.open("a", buffering=1, encoding="utf-8")
+        self._waiting = b""
+        # Unbuffered: a kill -9 loses no complete record, because each has reached the kernel.
+        self._file = path.open("ab", buffering=0)
 
     def write(self, metrics: Mapping[str, float], step: int) -> int:
         """Append one record.
@@ -114,8 +134,21 @@ class MetricsLog:
             if name in metrics:
                 raise ValueError(f"metric name {name!r} is taken by the record itself")
         time_ms = time.time_ns() // 1_000_000
-        self._file.write(_encode({"step": step, "time_ms": time_ms, **metrics}) + "\n")
+        is_first = not self._waiting
+        self._waiting += _encode({"step": step, "time_ms": time_ms, **metrics}).encode() + b"\n"
+        self._flush()
+        if self._waiting and is_first:
+            logger.warning("%s: no space left; records wait in memory and are written when there is", self._path)
         return time_ms
+
+    def _flush(self) -> None:
+        try:
+            while self._waiting:
+                # A part of a record may fit: what is left of it goes on where it ended.
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
 
     def rewind(self, step: int) -> int:
         """Drop the records of steps after `step`, which a run that resumes there trains again.
@@ -123,16 +156,22 @@ class MetricsLog:
         Returns:
             The number of records dropped.
         """
-        self._file.close()
+        self.close()
         records = read_metrics(self._path)
         kept = [record for record in records if record["step"] <= step]
         if len(kept) < len(records):
             _rewrite(self._path, kept)
-        self._file = self._open()
+        self._file = self._path.open("ab", buffering=0)
         return len(records) - len(kept)
 
     def close(self) -> None:
-        """Close the file; closing twice is fine."""
+        """Close the file; closing twice is fine.  Records for which there is still no space are given up."""
+        if self._file.closed:
+            return
+        self._flush()
+        if self._waiting:
+            logger.error("%s: no space left; its last %d bytes are lost", self._path, len(self._waiting))
+            self._waiting = b""
         self._file.close()
 
     def __enter__(self) -> Self:

@@ -1,18 +1,18 @@
 """One run in an MLflow store: find or create it, send points, upload files, end it.  Every call blocks and may raise.
 
-`pipeline.tracking` calls this from its writer thread; nothing else imports mlflow, and only inside functions here,
-because the import takes seconds and is needed on rank 0 alone.  `MlflowClient` rather than the fluent
-`mlflow.log_metric`: no global active run, no exit hook that marks a crashed run FINISHED, and batches.
+`pipeline.mlflow_tracker` calls this from its writer thread.  mlflow is imported inside functions only, here and in
+the `mlflow_*` modules beside, because the import takes seconds and is needed on rank 0 alone.  `MlflowClient` rather
+than the fluent `mlflow.log_metric`: no global active run, no exit hook that marks a crashed run FINISHED, and batches.
 
 What makes delivery exactly-once over retries, kills and resumes:
 - MLflow's key of a point is (run, name, time, step, value), so sending a batch again after a time-out adds nothing;
 - the run id lies in the run directory, and what a resumed run finds there decides which steps are new: MLflow cannot
-  delete points, so steps that a rewound run trains again are skipped up to the last one it has, name by name.
+  delete points, so steps that a rewound run trains again are skipped up to the last one it has, name by name;
+- a run whose creation got lost on the way is found again by its unique tag.
 """
 
 import fcntl
 import logging
-import math
 import os
 import re
 import shlex
@@ -21,8 +21,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
+from pipeline.mlflow_artifacts import Artifacts
+from pipeline.mlflow_points import Point, clean_name
+from pipeline.mlflow_sweep import SweepParent
 from pipeline.run_directory import RunDirectory, write_atomic
 
 if TYPE_CHECKING:
@@ -33,7 +36,6 @@ EndStatus = Literal["FINISHED", "KILLED", "FAILED"]
 STORE_NAME = "mlflow.db"  # the embedded store of a folder of runs; `qsparse mlflow` looks for it
 BATCH = 1000  # most metrics that a server takes in one log_batch
 PARAM_BATCH = 100
-MAX_NAME = 250
 MAX_VALUE = 5000
 
 # For this process only, and only where the user has not decided.  The library's own retries block for minutes
@@ -47,15 +49,6 @@ PROCESS_ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "GIT_PYTHON_REFRESH": "quiet",
 }
-
-
-class Point(NamedTuple):
-    """One value of one metric."""
-
-    name: str
-    value: float
-    time_ms: int
-    step: int
 
 
 class RejectedError(Exception):
@@ -72,6 +65,7 @@ class RunDescription:
         run_name: Name shown in the UI.
         params: Written once per run; MLflow refuses to change them later.
         tags: Written at every start.
+        parent: Name of the sweep that the run belongs to; MLflow shows it below a run of that name.
     """
 
     uri: str
@@ -79,6 +73,7 @@ class RunDescription:
     run_name: str
     params: Mapping[str, str]
     tags: Mapping[str, str]
+    parent: str | None = None
 
     @property
     def database(self) -> Path | None:
@@ -114,6 +109,9 @@ class MLflowRun:
         self._run_id: str | None = None
         self._experiment_id: str | None = None
         self._last_step: dict[str, int] = {}
+        self._artifacts = Artifacts(directory)
+        parent = description.parent
+        self._parent = SweepParent(parent, directory.path.parent.resolve() / parent) if parent else None
 
     @property
     def url(self) -> str | None:
@@ -127,19 +125,11 @@ class MLflowRun:
 
         Does not touch a server.  Two runs that start together on one store take turns.
         """
-        for name, value in PROCESS_ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        # One line per outage is ours to say; these would say it at every retry.
-        logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
-        from mlflow import MlflowClient
-
+        client = make_client(self._description.uri)
         database = self._description.database
-        if database is None:
-            self._client = MlflowClient(tracking_uri=self._description.uri)
-            return
-        with _locked(database.with_name(f"{database.name}.lock")):
-            client = MlflowClient(tracking_uri=self._description.uri)
-            self._find_or_create_experiment(client)
+        if database is not None:
+            with _locked(database.with_name(f"{database.name}.lock")):
+                self._find_or_create_experiment(client)
         self._client = client
 
     def connect(self, *, mark_running: bool = True) -> None:
@@ -160,6 +150,8 @@ class MLflowRun:
         if mark_running and run.info.status != "RUNNING":
             client.update_run(run_id, status="RUNNING")
         self._write_params_and_tags(client, run)
+        if self._parent is not None:
+            self._parent.adopt(client, self._experiment_id, run_id)
         # to_proto is the public way to the last step of every metric in one call.
         self._last_step = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         self._experiment_id = run.info.experiment_id
@@ -201,17 +193,15 @@ class MLflowRun:
         return len(missing)
 
     def upload(self) -> None:
-        """Upload configuration, environment, figures and samples as artifacts; files of the same name are replaced."""
-        client, run_id, path = self._ready_client(), self._ready_run_id(), self._directory.path
-        for file in sorted([*path.glob("config*.yaml"), *path.glob("environment*.json")]):
-            client.log_artifact(run_id, str(file))
-        for folder in (self._directory.figures, self._directory.samples):
-            if folder.is_dir() and any(folder.iterdir()):
-                client.log_artifacts(run_id, str(folder), artifact_path=folder.name)
+        """Upload the files of the run that are new or have changed."""
+        self._artifacts.upload(self._ready_client(), self._ready_run_id())
 
     def finish(self, status: EndStatus) -> None:
-        """End the run in the store."""
-        self._ready_client().set_terminated(self._ready_run_id(), status)
+        """End the run in the store, and its sweep if it was the last that ran."""
+        client, run_id = self._ready_client(), self._ready_run_id()
+        client.set_terminated(run_id, status)
+        if self._parent is not None:
+            self._parent.update_status(client)
 
     def _ready_client(self) -> "MlflowClient":
         if self._client is None:
@@ -286,25 +276,25 @@ class MLflowRun:
                 raise
 
 
-def clean_name(name: str) -> str:
-    """`name` as MLflow takes it: other characters become `_`, empty and dotted path parts go, 250 characters."""
-    parts = re.sub(r"[^\w\-. :/]", "_", name, flags=re.ASCII).split("/")
-    return "/".join(part for part in parts if part not in ("", ".", ".."))[:MAX_NAME].rstrip("/")
+def make_client(uri: str) -> "MlflowClient":
+    """A client whose own retries are short: ours are in a thread where waiting costs nothing."""
+    for name, value in PROCESS_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    # One line per outage is ours to say; these would say it at every retry.
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
 
 
-def points_of(record: Mapping[str, Any]) -> tuple[list[Point], int]:
-    """The points of one metrics.jsonl record and how many of its values are not finite.
+def without_password(uri: str) -> str:
+    """`uri` as it may be shown."""
+    return re.sub(r"//[^/@]*@", "//", uri)
 
-    MLflow would store inf as 1.8e308 and spoil every plot, so such values stay in metrics.jsonl alone and their
-    number is sent as `tracking/nonfinite`.
-    """
-    time_ms, step = int(record["time_ms"]), int(record["step"])
-    values = {clean_name(k): float(v) for k, v in record.items() if k not in ("step", "time_ms")}
-    finite = [Point(name, v, time_ms, step) for name, v in values.items() if math.isfinite(v)]
-    nonfinite = len(values) - len(finite)
-    if nonfinite:
-        finite.append(Point("tracking/nonfinite", float(nonfinite), time_ms, step))
-    return finite, nonfinite
+
+def first_line(error: Exception) -> str:
+    """An error in one line; mlflow's own messages repeat the URI, credentials included."""
+    return f"{type(error).__name__}: {without_password(str(error)).strip().partition(chr(10))[0][:300]}"
 
 
 @contextmanager

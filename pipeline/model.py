@@ -35,9 +35,14 @@ from megatron.core.transformer.transformer_layer import (
 from torch import Tensor
 from torch.nn import Module
 
-from moe.spec import QSparseMoESpecProvider
+from kernels.dispatch import Kernels, kernels_for
+from moe.experts import QSparseSequentialMLP
+from moe.grouped import QSparseGroupedMLP
+from moe.layer import RoutedLayer, configure_moe_layers
+from moe.spec import QSparseMoESpecProvider, moe_spec
 from pipeline.config import Config, ModelConfig
 from pipeline.cpu_backend import uses_cpu
+from qsparse_layers.mlp import fuse_activations
 from qsparse_layers.rules import ConfiguredLayer, configure_layers, global_paths
 from qsparse_layers.schedules import Schedule
 
@@ -54,6 +59,8 @@ class Model:
     """Q-Sparse linear layers of this rank."""
     schedule: Schedule
     """Warm-up state shared by all of them."""
+    routed: list[RoutedLayer]
+    """MoE layers of this rank."""
 
 
 def build_model(config: Config, vocab_size: int) -> Model:
@@ -67,12 +74,17 @@ def build_model(config: Config, vocab_size: int) -> Model:
     schedule = Schedule(config.model.qsparse)
     stages = range(config.parallel.vpp) if config.parallel.vpp > 1 else [None]
     chunks = [_build_chunk(config, transformer, vocab_size, stage) for stage in stages]
-    layers = [layer for chunk in chunks for layer in _configure(chunk, config.model, schedule)]
+    kernels = kernels_for("cpu" if uses_cpu(config.run.device) else "cuda", config.run.kernels)
+    layers = [layer for chunk in chunks for layer in _configure(chunk, config.model, schedule, kernels)]
+    options = config.model.moe, config.model.qsparse
+    routed = [layer for chunk in chunks for layer in configure_moe_layers(chunk, *options, schedule, kernels)]
     for chunk in chunks:
+        if kernels.fused is not None:
+            fuse_activations(chunk)
         initialize_weights(chunk, config)
     if config.training.precision == "bf16":
         chunks = [Float16Module(transformer, chunk) for chunk in chunks]
-    return Model(chunks, transformer, layers, schedule)
+    return Model(chunks, transformer, layers, schedule, routed)
 
 
 def unwrap(chunk: Module) -> GPTModel:
@@ -116,10 +128,12 @@ def transformer_config(config: Config) -> TransformerConfig:
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        apply_rope_fusion=False,
+        apply_rope_fusion=uses_transformer_engine(config),
+        cross_entropy_loss_fusion=uses_transformer_engine(config),
+        cross_entropy_fusion_impl="te",
         batch_p2p_comm=parallel.vpp == 1,
         **_recompute_options(training.recompute),
-        **_moe_options(model),
+        **_moe_options(model, training.precision),
     )
 
 
@@ -131,19 +145,26 @@ def _recompute_options(recompute: str) -> dict[str, Any]:
     return {}
 
 
-def _moe_options(model: ModelConfig) -> dict[str, Any]:
-    if model.moe is None:
+def _moe_options(model: ModelConfig, precision: str) -> dict[str, Any]:
+    moe = model.moe
+    if moe is None:
         return {}
+    with_loss = moe.balancing in ("aux_loss", "seq_aux_loss") and moe.aux_loss_coeff > 0
     return {
-        "num_moe_experts": model.moe.num_experts,
-        "moe_router_topk": model.moe.top_k,
-        "moe_ffn_hidden_size": model.moe.ffn_hidden_size or model.ffn_hidden_size,
-        "moe_layer_freq": model.moe.layer_frequency,
-        "moe_token_dispatcher_type": model.moe.dispatcher,
-        "moe_router_load_balancing_type": "aux_loss" if model.moe.aux_loss_coeff else "none",
-        "moe_aux_loss_coeff": model.moe.aux_loss_coeff,
-        "moe_z_loss_coeff": model.moe.z_loss_coeff or None,
-        "moe_router_dtype": "fp32",
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.top_k,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size or model.ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size,
+        "moe_layer_freq": [int(moe.is_moe_layer(number)) for number in range(model.num_layers)],
+        "moe_token_dispatcher_type": moe.dispatcher,
+        "moe_router_score_function": moe.scores,
+        "moe_router_load_balancing_type": moe.balancing if with_loss else "none",
+        "moe_aux_loss_coeff": moe.aux_loss_coeff if with_loss else 0.0,
+        "moe_router_enable_expert_bias": moe.balancing == "bias",
+        "moe_router_bias_update_rate": moe.bias_update_rate,
+        "moe_z_loss_coeff": moe.z_loss_coeff or None,
+        "moe_expert_capacity_factor": moe.capacity_factor,
+        "moe_router_dtype": "fp64" if precision == "fp64" else "fp32",
     }
 
 
@@ -182,7 +203,7 @@ def _base_backend(config: Config) -> BackendSpecProvider:
 def block_spec(transformer: TransformerConfig, config: Config, stage: int | None) -> TransformerBlockSubmodules:
     """The layers of one chunk; given as block submodules so that the final norm is ours, too."""
     model = config.model
-    provider = QSparseMoESpecProvider(_base_backend(config))
+    provider = QSparseMoESpecProvider(_base_backend(config), _experts_class(config))
     norm = provider.layer_norm(rms_norm=True)
     attention = ModuleSpec(
         module=SelfAttention,
@@ -194,6 +215,8 @@ def block_spec(transformer: TransformerConfig, config: Config, stage: int | None
         ),
     )
 
+    dense_mlp = get_mlp_module_spec_for_backend(backend=provider, num_experts=None, moe_grouped_gemm=False)
+
     def layer(num_experts: int | None) -> ModuleSpec:
         return ModuleSpec(
             module=TransformerLayer,
@@ -202,7 +225,7 @@ def block_spec(transformer: TransformerConfig, config: Config, stage: int | None
                 self_attention=attention,
                 self_attn_bda=get_bias_dropout_add,
                 pre_mlp_layernorm=norm,
-                mlp=get_mlp_module_spec_for_backend(backend=provider, num_experts=num_experts, moe_grouped_gemm=False),
+                mlp=moe_spec(provider, num_experts) if num_experts else dense_mlp,
                 mlp_bda=get_bias_dropout_add,
             ),
         )
@@ -210,15 +233,23 @@ def block_spec(transformer: TransformerConfig, config: Config, stage: int | None
     dense, sparse = layer(None), layer(model.moe.num_experts) if model.moe else None
     first = get_transformer_layer_offset(transformer, vp_stage=stage)
     numbers = range(first, first + get_num_layers_to_build(transformer, vp_stage=stage))
-    specs = [sparse if sparse and number % model.moe.layer_frequency == 0 else dense for number in numbers]  # type: ignore[union-attr]
+    specs = [sparse if sparse and model.moe and model.moe.is_moe_layer(number) else dense for number in numbers]
     return TransformerBlockSubmodules(layer_specs=specs, layer_norm=norm)
 
 
-def _configure(chunk: GPTModel, model: ModelConfig, schedule: Schedule) -> list[ConfiguredLayer]:
+def _experts_class(config: Config) -> type[QSparseSequentialMLP]:
+    choice = config.model.moe.experts if config.model.moe else "auto"
+    if choice == "auto":
+        choice = "sequential" if uses_cpu(config.run.device) else "grouped"
+    return QSparseGroupedMLP if choice == "grouped" else QSparseSequentialMLP
+
+
+def _configure(chunk: GPTModel, model: ModelConfig, schedule: Schedule, kernels: Kernels) -> list[ConfiguredLayer]:
     return configure_layers(
         chunk,
         model.qsparse,
         schedule,
+        kernels,
         queries_per_group=model.num_attention_heads // model.query_groups,
         head_dim=model.head_size,
         gated=model.activation != "relu2",

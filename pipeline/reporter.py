@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -18,14 +19,18 @@ from pipeline.config import Config
 from pipeline.config_layers import layer_formats
 from pipeline.config_loader import differences, dump_config
 from pipeline.console import RunConsole, Summary, perplexity
+from pipeline.data.bad_chunks import BadChunk
+from pipeline.data.phases import Phases, resolve_phases
 from pipeline.environment import describe_environment
 from pipeline.figures import plot_run
 from pipeline.learner import StepResult
 from pipeline.metrics import MetricsLog, layer_metric, read_metrics
+from pipeline.moe_figures import plot_expert_load
 from pipeline.ownership import describe
 from pipeline.run_directory import RunDirectory, RunState
 from pipeline.sizes import flops_per_token, memory_estimate, model_size, peak_flops
 from pipeline.start_screen import ParallelGrid, StartScreen, group_layers
+from pipeline.system_metrics import SystemMetrics
 from pipeline.tracking import STATUS_OF_STATE, make_tracker
 from pipeline.world import World
 from qsparse_layers.stats import LayerSparsity, model_sparsity
@@ -51,15 +56,17 @@ class Reporter:
         step = progress.step
         self.config, self.world, self.directory = config, world, directory
         self.vocab_size, self.first_step, self.step_done = vocab_size, step, step
-        self._tokens_per_step = config.training.global_batch_size * config.training.seq_length
+        self._phases = resolve_phases(config)
+        self._first_tokens = self._last_tokens = self._phases.tokens(progress.consumed_samples)
         self._started = self._last_time = time.perf_counter()
         self._last_step = step
+        self._num_bad_chunks = len(progress.bad_chunks)
         self._val_loss: float | None = None
         self._sample = ""
         self._state: tuple[RunState, str] = ("failed", "the process ended without saying why")
         self._metrics: MetricsLog | None = None
         self._evaluated: set[int] = set()
-        environment = describe_environment() if world.is_main else {}
+        environment = _facts(world, vocab_size) if world.is_main else {}
         if world.is_main:
             directory.create(dump_config(config), environment)
             directory.write_status("running", step, "resumed" if step else "started")
@@ -68,6 +75,7 @@ class Reporter:
             # A run killed in its last moments evaluates once more at a step that is already in the file.
             self._evaluated = {record["step"] for record in read_metrics(directory.metrics) if "val/loss" in record}
         self._tracker = make_tracker(config, directory, rank=world.rank, tags=environment)
+        self._system = SystemMetrics(directory.path) if world.is_main and config.tracking.system_metrics else None
         self._console = RunConsole(config.training.steps, rank=world.rank, log_file=directory.log(0))
 
     def start(self, num_weights: Mapping[str, int], windows_per_epoch: int) -> None:
@@ -91,8 +99,15 @@ class Reporter:
         self.step_done = step
         self._console.advance(step)
 
-    def step(self, step: int, result: StepResult, layers: list[LayerSparsity], reader: BatchReader) -> None:
-        """Record a logged step; `layers` is the measured sparsity of its forward passes."""
+    def step(
+        self,
+        step: int,
+        result: StepResult,
+        layers: list[LayerSparsity],
+        reader: BatchReader,
+        load: Mapping[str, float] = MappingProxyType({}),
+    ) -> None:
+        """Record a logged step: the measured sparsity of its forward passes, and the load of its experts."""
         now = time.perf_counter()
         steps = max(1, step - self._last_step)
         seconds = (now - self._last_time) / steps
@@ -100,6 +115,8 @@ class Reporter:
         self._last_time, self._last_step = now, step
         if not self.world.is_main:
             return
+        tokens_per_second = (result.consumed_tokens - self._last_tokens) / steps / seconds
+        self._last_tokens = result.consumed_tokens
         sparsity, ternary_zeros = model_sparsity(layers)
         total = model_size(self.config, self.vocab_size)
         record = {
@@ -107,19 +124,22 @@ class Reporter:
             "train/grad_norm": result.grad_norm,
             "train/lr": result.lr,
             "train/weight_decay": result.weight_decay,
-            "train/tokens": float(result.consumed_samples * self.config.training.seq_length),
+            "train/tokens": float(result.consumed_tokens),
             "perf/step_seconds": seconds,
-            "perf/tokens_per_second": self._tokens_per_step / seconds,
+            "perf/tokens_per_second": tokens_per_second,
             "perf/data_wait_seconds": waited,
             "mem/peak_bytes": float(_peak_bytes(self.world)),
             "qsparse/sparsity": sparsity,
             "qsparse/ternary_zeros": ternary_zeros,
             "qsparse/activated_parameters": total.active_projections * (1 - sparsity),
-            **self._utilization(seconds),
+            **self._utilization(tokens_per_second),
+            **load,
         }
         for layer in layers:
             record[layer_metric(layer.path, "sparsity")] = layer.sparsity
             record[layer_metric(layer.path, "ternary_zeros")] = layer.ternary_zeros
+        if self._system is not None:
+            record |= self._system.sample()
         self._write(record, step)
         self._console.step(step, record)
 
@@ -129,7 +149,8 @@ class Reporter:
         self._last_time += seconds
         if self.world.is_main:
             if step not in self._evaluated:
-                self._write({"val/loss": loss, "val/perplexity": perplexity(loss)}, step)
+                tokens = float(self._phases.tokens(self._phases.samples_after(step)))
+                self._write({"val/loss": loss, "val/perplexity": perplexity(loss), "train/tokens": tokens}, step)
             self._console.evaluation(step, loss, seconds)
 
     def checkpoint(self, step: int, folder: Path, seconds: float) -> None:
@@ -137,7 +158,15 @@ class Reporter:
         self._last_time += seconds
         if self.world.is_main:
             self.directory.write_status("running", step, "checkpoint written", checkpoint=str(folder))
+            self._tracker.upload()
             self._console.checkpoint(step, folder, seconds)
+
+    def bad_chunk(self, step: int, chunk: BadChunk) -> None:
+        """Say that a chunk of the data is gone around from here on; metrics.jsonl counts them."""
+        if self.world.is_main:
+            self._num_bad_chunks += 1
+            self._write({"data/bad_chunks": float(self._num_bad_chunks)}, step)
+            self._console.message(f"step {step}: other windows take the place of {chunk.problem}", style="yellow")
 
     def completed(self, step: int, loss: float, sample: str) -> None:
         """All steps are done."""
@@ -173,7 +202,7 @@ class Reporter:
                 state=state,
                 reason=reason,
                 step=self.step_done,
-                tokens=(self.step_done - self.first_step) * self._tokens_per_step,
+                tokens=self._last_tokens - self._first_tokens,
                 seconds=time.perf_counter() - self._started,
                 vocab_size=self.vocab_size,
                 run_directory=self.directory.path,
@@ -190,6 +219,7 @@ class Reporter:
             return
         try:
             plot_run(self.directory.metrics, self.directory.figures)
+            plot_expert_load(self.directory.metrics, self.directory.figures)
         except Exception as error:  # a run that is trained and saved must not fail for a picture
             self._console.message(f"figures are not drawn: {describe(error)}", style="yellow")
 
@@ -197,14 +227,14 @@ class Reporter:
         assert self._metrics is not None
         self._tracker.log(record, step, time_ms=self._metrics.write(record, step))
 
-    def _utilization(self, seconds: float) -> dict[str, float]:
+    def _utilization(self, tokens_per_second: float) -> dict[str, float]:
         """Dense-equivalent model FLOP/s over the devices' bf16 peak, where the peak is known."""
         if self.world.device.type != "cuda":
             return {}
         peak = peak_flops(torch.cuda.get_device_name())
         if peak is None:
             return {}
-        rate = flops_per_token(self.config, self.vocab_size) * self._tokens_per_step / seconds
+        rate = flops_per_token(self.config, self.vocab_size) * tokens_per_second
         return {"perf/mfu_dense_bf16": rate / (peak * self.world.size)}
 
     def _screen(self, num_weights: Mapping[str, int], windows_per_epoch: int) -> StartScreen:
@@ -230,9 +260,9 @@ class Reporter:
             layers=group_layers(formats),
             parameters=size.total,
             activated_parameters=size.active_projections * share + size.embeddings + size.other,
-            tokens_per_step=self._tokens_per_step,
+            tokens_per_step=config.training.global_batch_size * config.training.seq_length,
             total_steps=config.training.steps,
-            dataset=_describe_data(config, windows_per_epoch),
+            dataset=_describe_data(config, self._phases, windows_per_epoch),
             device=_describe_device(self.world, config),
             run_directory=self.directory.path,
             tracking=self._tracker.location,
@@ -252,10 +282,16 @@ def tell_complete(config: Config, world: World, directory: RunDirectory, step: i
         )
 
 
-def _describe_data(config: Config, windows_per_epoch: int) -> str:
-    training = config.training
-    epochs = training.steps * training.global_batch_size / windows_per_epoch
-    return f"{config.data.path}: {windows_per_epoch:,} windows of {training.seq_length} tokens, {epochs:.2f} epochs"
+def _describe_data(config: Config, phases: Phases, windows_per_epoch: int) -> str:
+    epochs = phases.samples_after(config.training.steps) / windows_per_epoch
+    names = ", ".join(source.path for source in config.data.all_sources)
+    return f"{names}: {windows_per_epoch:,} windows of {phases.at(0).seq_length} tokens, {epochs:.2f} epochs"
+
+
+def _facts(world: World, vocab_size: int) -> dict[str, str]:
+    """Software, and what of the machine and the data comparisons need and the configuration does not say."""
+    device = torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU"
+    return {**describe_environment(), "device": device, "world_size": str(world.size), "vocab_size": str(vocab_size)}
 
 
 def _peak_bytes(world: World) -> int:

@@ -6,9 +6,10 @@ functions of this one module.
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,17 +17,15 @@ from typing import TYPE_CHECKING
 from pipeline import cpu_backend
 from pipeline.config import Config
 from pipeline.config_loader import ConfigError, load_config
-from pipeline.errors import AgreedError, UserError
+from pipeline.errors import AgreedError, NonFiniteError, UserError
+from pipeline.exit_codes import ExitCode
 from pipeline.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from pipeline.data.loader import WindowDataset
     from pipeline.learner import Learner
     from pipeline.sparsity import SparsityMeter
+    from pipeline.start import Datasets
     from pipeline.world import World
-
-USER_ERROR = 2
-"""Exit code of a mistake in configuration, data or checkpoint: restarting would not help."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class OpenRun:
     world: "World"
     learner: "Learner"
     sparsity: "SparsityMeter"
-    val_data: "WindowDataset"
+    data: "Datasets"
     step: int
     """Optimizer steps that the weights have seen."""
 
@@ -45,17 +44,30 @@ class OpenRun:
 def run_ranks(work: Callable[[], None]) -> None:
     """Run `work`; an error that speaks for itself becomes one line and an exit code instead of a traceback per rank.
 
-    QSPARSE_TRACEBACK=1 in the environment shows the tracebacks.
+    QSPARSE_TRACEBACK=1 in the environment shows the tracebacks.  The codes are those of `pipeline.exit_codes`.
     """
     try:
         work()
-    except (AgreedError, ValueError) as error:
+    except Exception as error:
+        code = _exit_code(error)
         if os.environ.get("QSPARSE_TRACEBACK") or not _speaks_for_itself(error):
-            raise
+            traceback.print_exc()
+            sys.exit(code)
         # Every rank has an agreed error, and every rank of a node reads the same configuration: told once per node.
         if os.environ.get("LOCAL_RANK", "0") == "0" or not isinstance(error, AgreedError | ConfigError):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(USER_ERROR if isinstance(error, ValueError) else 1)
+        sys.exit(code)
+
+
+def _exit_code(error: Exception) -> ExitCode:
+    """The code that tells whoever started the ranks whether starting them again could help."""
+    from torch import OutOfMemoryError
+
+    if isinstance(error, MemoryError | OutOfMemoryError):
+        return ExitCode.OUT_OF_MEMORY
+    if isinstance(error, NonFiniteError):
+        return ExitCode.NOT_FINITE
+    return ExitCode.USER_ERROR if isinstance(error, ValueError) and _speaks_for_itself(error) else ExitCode.ERROR
 
 
 def _speaks_for_itself(error: Exception) -> bool:
@@ -98,22 +110,26 @@ def open_run(path: Path) -> Iterator[OpenRun]:
     config = load_config(directory.config)
     prepare_process(config)
     from pipeline.checkpoint import Checkpoints, check_fits, load, model_shape, read_progress
-    from pipeline.data.loader import WindowDataset
     from pipeline.learner import Learner
     from pipeline.sparsity import SparsityMeter
+    from pipeline.start import open_data
     from pipeline.world import agreement, on_main, parallel_world
 
-    with parallel_world(config) as world:
+    with parallel_world(config) as world, closing(open_data(config, world)) as data:
         folder = on_main(Checkpoints(directory.checkpoints, config.checkpoint).require_latest)
         with agreement():
             progress = read_progress(folder)
-            data = WindowDataset(config.data.path, "val", seq_length=config.training.seq_length, seed=config.data.seed)
             check_fits(progress, model_shape(config, data.vocab_size), folder)
-        learner = Learner(config, world, data, data.vocab_size)
+        learner = Learner(config, world, data.train, data.vocab_size, eod_id=data.eod_id, bad_chunks=data.bad_chunks)
         load(folder, learner.chunks, None)
         learner.model.schedule.step = progress.step
         yield OpenRun(
-            *(config, world, learner, SparsityMeter(learner.model.layers, learner.model.schedule, world)),
-            val_data=data,
+            *(
+                config,
+                world,
+                learner,
+                SparsityMeter(learner.model.layers, learner.model.schedule, world, config.model.moe),
+            ),
+            data=data,
             step=progress.step,
         )

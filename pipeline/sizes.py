@@ -1,7 +1,9 @@
 """Parameters, operations and memory of a model from its configuration alone; no torch here.
 
 Sparsity counts projections only, as the paper does (arXiv 2407.10969 sec. 4.2): embeddings and output layer are not
-part of N.  Operations are those of the dense model, so that MFU compares sparse and dense runs by the same yardstick.
+part of N.  A token visits k of E experts, so of N only N_active = attention + dense FFNs + shared experts + k / E of the
+experts take part, and sparsity S, weighted by these, leaves N_active (1 - S) activated parameters.  Operations are those
+of the dense model, so that MFU compares sparse and dense runs by the same yardstick.
 """
 
 from dataclasses import dataclass
@@ -38,10 +40,11 @@ def model_size(config: Config, vocab_size: int) -> ModelSize:
     attention = hidden * model.head_size * (2 * heads + 2 * groups)
     branches = 2 if model.activation == "relu2" else 3
     dense = branches * hidden * model.ffn_hidden_size
-    moe_layers = 0 if model.moe is None else -(-model.num_layers // model.moe.layer_frequency)
+    moe_layers = sum(model.moe is not None and model.moe.is_moe_layer(number) for number in range(model.num_layers))
     expert = branches * hidden * ((model.moe.ffn_hidden_size if model.moe else None) or model.ffn_hidden_size)
     num_experts, top_k = (model.moe.num_experts, model.moe.top_k) if model.moe else (0, 0)
-    common = model.num_layers * attention + (model.num_layers - moe_layers) * dense
+    shared = branches * hidden * ((model.moe.shared_ffn_hidden_size if model.moe else None) or 0)
+    common = model.num_layers * attention + (model.num_layers - moe_layers) * dense + moe_layers * shared
     gains = (2 * model.num_layers + 1) * hidden
     if model.qsparse.sub_norm:
         gains += model.num_layers * (heads * model.head_size + model.ffn_hidden_size)

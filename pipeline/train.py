@@ -30,7 +30,7 @@ def train(path: Path, overrides: list[str]) -> None:
     from pipeline.world import parallel_world
 
     directory = RunDirectory(config.run.root / config.run.name)
-    with parallel_world(config) as world, owned(directory, world), closing(open_data(config)) as data:
+    with parallel_world(config) as world, owned(directory, world), closing(open_data(config, world)) as data:
         start = find_start(config, directory, data)
         if start.is_complete:
             tell_complete(config, world, directory, start.progress.step)

@@ -69,7 +69,13 @@ def initialize_layout(config: Config) -> None:
         expert_model_parallel_size=parallel.ep,
         expert_tensor_parallel_size=parallel.etp or parallel.tp,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(config.run.seed, force_reset_rng=True)
+    if config.run.cuda_graph:
+        # Autograd brings a parameter's gradient home to the stream that its hooks were made on: nothing of a captured
+        # step may wait for the default stream, so the whole process leaves it.
+        torch.cuda.set_stream(torch.cuda.Stream())
+    tensor_parallel.model_parallel_cuda_manual_seed(
+        config.run.seed, use_cudagraphable_rng=config.run.cuda_graph, force_reset_rng=True
+    )
 
 
 def current_world(config: Config) -> World:

@@ -59,6 +59,10 @@ class LinearFormat(StrictModel):
     """Fused matrices (q/k/v, gate/up): one absmean scale per `part`, as in unfused layers, or per `matrix`."""
     activations: ActivationFormat = "full"
     """`int8`: absmax codes with one scale per token; `full`: as they come."""
+    gradients: Literal["full", "e4m3"] = "full"
+    """Gradient of the output in the two backward products: `full` as it comes; `e4m3` rounded to 8-bit floats, with a
+    scale per token: faster on GPUs with FP8, not the same under every TP size.  Needs ternary weights and int8
+    activations."""
     sub_norm: bool = False
     """RMSNorm (SubLN) in front of the attention output and FFN down projections, as BitNet has it."""
     rescale: Literal["none", "l2"] = "none"
@@ -74,6 +78,8 @@ class LinearFormat(StrictModel):
     def _check(self) -> "LinearFormat":
         if self.rescale == "l2" and self.activations == "int8":
             raise ValueError("rescale=l2 cancels under activations=int8; use rescale=none")
+        if self.gradients == "e4m3" and (self.weights != "ternary" or self.activations != "int8"):
+            raise ValueError("gradients=e4m3 needs weights=ternary and activations=int8")
         if self.rescale == "l2" and self.sparsity == 0.0:
             raise ValueError("rescale=l2 needs sparsity > 0")
         if self.sparsity > 0.0 and self.pattern == "block":
@@ -105,6 +111,8 @@ class LayerRule(StrictModel):
     """See `model.qsparse.ternary_scale`."""
     activations: ActivationFormat | None = None
     """See `model.qsparse.activations`."""
+    gradients: Literal["full", "e4m3"] | None = None
+    """See `model.qsparse.gradients`."""
     sub_norm: bool | None = None
     """See `model.qsparse.sub_norm`."""
     rescale: Literal["none", "l2"] | None = None

@@ -13,6 +13,7 @@ all-gather, and leaves the product exact.  The price is that communication is sp
 Shapes: x [..., D], weight [O, D], y [..., O]; leading dimensions are [sequence, batch] in megatron-core.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import reference as ops
+from kernels import reference
+from kernels.dispatch import Activation, Backward, Fused, Kernels, ReferenceKernels
 from qsparse_layers.config import LinearFormat, kept_count
 from qsparse_layers.selection import group_size, topk_mask
 from qsparse_layers.stats import ZeroCounts
@@ -62,6 +64,24 @@ class Sharding:
 
 
 @dataclass(frozen=True)
+class Front:
+    """What precedes quantization and is computed with it in one pass: an activation function, an RMSNorm, or both."""
+
+    fused: Fused
+    activation: Activation | None
+    eps: float
+    """Of the norm, which there is if a gain is given."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A quantized and sparsified input: int8 values [T, D] and float32 scales [T, 1]."""
+
+    values: Tensor
+    scale: Tensor
+
+
+@dataclass(frozen=True)
 class LinearCall:
     """Everything but the tensors of one forward pass."""
 
@@ -74,6 +94,32 @@ class LinearCall:
     """lambda in x + lambda (q(x) - x); below 1 the product is one of floats."""
     counts: ZeroCounts | None = None
     """Where zeros are counted; None when nobody asks."""
+    kernels: Kernels = field(default_factory=ReferenceKernels)
+    """What the products and the sparsification run on."""
+    cache: "TernaryCache | None" = None
+    """Where the codes of the weight are kept between optimizer steps; None: nowhere."""
+    weight_version: int | None = None
+    """Changes whenever the weights do; None: unknown, nothing is kept."""
+
+
+class TernaryCache:
+    """Ternary codes of one weight, good until the weight changes: quantized once per step, not per microbatch."""
+
+    def __init__(self) -> None:
+        self._version: int | None = None
+        self._operand: _Operand | None = None
+
+    def get(self, version: int | None, compute: "Callable[[], _Operand]") -> "_Operand":
+        """The operand of weight version `version`, computed if it is another than the last; None: always computed."""
+        if version is None:
+            return compute()
+        if self._operand is None or version != self._version:
+            self._operand, self._version = compute(), version
+        return self._operand
+
+    def put(self, version: int, codes: Tensor, scale: Tensor) -> None:
+        """Codes [O,D] and scale ([1] or [O, 1]) of weight version `version`, computed elsewhere."""
+        self._operand, self._version = _Operand(codes, scale), version
 
 
 @dataclass(frozen=True)
@@ -90,67 +136,137 @@ class _Operand:
         return (self.values.to(work) * self.scale.to(work)).to(dtype)
 
 
-def qsparse_linear(x: Tensor, weight: Tensor, call: LinearCall) -> Tensor:
+def qsparse_linear(
+    x: Tensor,
+    weight: Tensor,
+    call: LinearCall,
+    front: Front | None = None,
+    gain: Tensor | None = None,
+    *,
+    codes: "Codes | None" = None,
+) -> Tensor:
     """y = X_hat W_hat^T with the format, warm-up and layout of `call`.
 
     Args:
         x: [..., D] (row parallel: this rank's features; sequence parallel: this rank's tokens in dim 0).
         weight: [O, D] master weight shard, fp32, bf16 or fp64.
         call: format and process groups.
+        front: what to compute on x first; needs a call for which `is_one_pass` holds.
+        gain: [D] gain of the RMSNorm in front.
+        codes: what quantizing and sparsifying x gave elsewhere; then only the type of x and its gradient matter.
 
     Returns:
         [..., O] in x's type; row-parallel callers sum it over ranks.
     """
-    return _QSparseLinear.apply(x, weight, call)
+    return _QSparseLinear.apply(x, weight, gain, call, front, codes)
 
 
 class _QSparseLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, call: LinearCall) -> Tensor:
-        x_hat, straight_through_scale = prepare_input(x, call)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gain: Tensor | None,
+        call: LinearCall,
+        front: Front | None,
+        codes: Codes | None,
+    ) -> Tensor:
+        rstd, straight_through_scale = None, None
+        if codes is not None:
+            x_hat = _Operand(codes.values, codes.scale)
+        elif front is None:
+            x_hat, straight_through_scale = prepare_input(x, call)
+        else:
+            x_hat, rstd = _prepare_fused(x, gain, call, front, num_features=weight.shape[1])
         w_hat = prepare_weight(weight, call)
         if call.counts is not None:
             call.counts.add(x_hat.values, w_hat.values)
         full = _gather_tokens(x_hat, call.sharding.tokens)
-        scale = None if w_hat.scale is None else w_hat.scale.flatten()
-        ctx.call, ctx.weight_dtype = call, weight.dtype
-        ctx.save_for_backward(x_hat.values, x_hat.scale, w_hat.values, scale, straight_through_scale)
-        return ops.linear(full.values, w_hat.values, x_scale_T1=full.scale, weight_scale_O=scale, dtype=x.dtype)
+        w_scale = None if w_hat.scale is None else w_hat.scale.flatten()
+        ctx.call, ctx.front, ctx.weight = call, front, weight
+        before = () if front is None else (x, gain, rstd)
+        ctx.save_for_backward(x_hat.values, x_hat.scale, w_hat.values, w_scale, straight_through_scale, *before)
+        return call.kernels.linear(full.values, w_hat.values, x_scale=full.scale, weight_scale=w_scale, dtype=x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        values, x_scale, w_values, w_scale, straight_through_scale = ctx.saved_tensors
-        sharding = ctx.call.sharding
-        grad = grads[0].contiguous()
-        dx = ops.linear_dgrad(grad, w_values, weight_scale_O=w_scale)
-        dx, handle = _reduce_input_grad(dx, sharding)  # in flight while the weight gradient is computed
-        full = _gather_tokens(_Operand(values, x_scale), sharding.tokens)
-        dw = ops.linear_wgrad(grad, full.values, x_scale_T1=full.scale).to(ctx.weight_dtype)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
+        values, x_scale, w_values, w_scale, straight_through_scale, *before = ctx.saved_tensors
+        call: LinearCall = ctx.call
+        e4m3 = call.format.gradients == "e4m3" and call.quantization == 1.0
+        full_scale = _gather(x_scale, call.sharding.tokens)
+        products = call.kernels.backward(
+            grads[0].contiguous(), w_values, weight_scale=w_scale, x_scale=full_scale, e4m3=e4m3
+        )
+        dx, handle = _reduce_input_grad(products.dgrad(), call.sharding)  # in flight while dW is computed
+        full_values = _gather(values, call.sharding.tokens)
+        assert full_values is not None
+        dw = _weight_grad(products, full_values, full_scale, ctx.weight)
         if handle is not None:
             handle.wait()
         if straight_through_scale is not None:
             dx = dx * straight_through_scale
-        return dx, dw, None
+        if ctx.front is None:
+            return dx, dw, None, None, None, None
+        x, gain, rstd = before
+        dx, dgain = ctx.front.fused.backward(dx, x, activation=ctx.front.activation, gain=gain, rstd=rstd)
+        return dx, dw, dgain, None, None, None
+
+
+def _weight_grad(products: Backward, x: Tensor, x_scale: Tensor | None, weight: Tensor) -> Tensor | None:
+    """dW, or its place holder if it went straight into the gradient buffer of megatron-core's data parallelism."""
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    if main_grad is None or not weight.is_cuda or main_grad.dtype != torch.float32:
+        dw = products.wgrad(x, x_scale, None)
+        assert dw is not None
+        return dw.to(weight.dtype)
+    products.wgrad(x, x_scale, main_grad)
+    setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010 - megatron-core's mark on a parameter
+    return torch.empty_like(weight)  # its hooks run on a gradient; this one is not read
 
 
 def prepare_input(x: Tensor, call: LinearCall) -> tuple[_Operand, Tensor | None]:
     """Quantized and sparsified input, and the factor that the input gradient keeps (L2 rescale) or None."""
+    if is_one_pass(call):
+        return _Operand(*call.kernels.sparsify(x, *_kept_of_block(x.shape[-1], call))), None
     operand = _Operand(x)
     if call.format.activations == "int8":
         gamma = x.abs().amax(-1, keepdim=True)
         if group_size(call.sharding.features) > 1:
             dist.all_reduce(gamma, op=dist.ReduceOp.MAX, group=call.sharding.features)
-        scale = ops.row_scale(gamma)
-        operand = _Operand(ops.absmax_codes(x, scale), scale)
+        scale = reference.row_scale(gamma)
+        operand = _Operand(reference.absmax_codes(x, scale), scale)
     mask = _sparsity_mask(operand.values, call)
     if call.quantization < 1.0 and call.format.activations == "int8":
         operand = _Operand(_interpolate(x, operand, call.quantization))
     if mask is not None:
-        operand = _Operand(ops.apply_mask(operand.values, mask), operand.scale)
+        operand = _Operand(reference.apply_mask(operand.values, mask), operand.scale)
     if call.format.rescale == "l2" and mask is not None:
         scale = _inverse_norm(operand.values, call.sharding.features)
         return _Operand(operand.values, scale), scale.to(x.dtype)
     return operand, None
+
+
+def _prepare_fused(
+    x: Tensor, gain: Tensor | None, call: LinearCall, front: Front, *, num_features: int
+) -> tuple[_Operand, Tensor | None]:
+    kept, block = _kept_of_block(num_features, call)
+    codes, scale, rstd = front.fused.sparsify(x, kept, block, activation=front.activation, gain=gain, eps=front.eps)
+    return _Operand(codes, scale), rstd
+
+
+def is_one_pass(call: LinearCall) -> bool:
+    """Whether one kernel can quantize and sparsify: int8 codes of a row that this rank holds alone."""
+    whole_row = group_size(call.sharding.features) == 1
+    return call.format.activations == "int8" and call.quantization == 1.0 and whole_row
+
+
+def _kept_of_block(num_features: int, call: LinearCall) -> tuple[int | None, int | None]:
+    """(features kept, out of how many consecutive ones); None: all of them, the row."""
+    if call.sparsity == 0.0:
+        return None, None
+    block = call.format.block_size if call.format.pattern == "block" else None
+    return kept_count(block or num_features, call.sparsity), block
 
 
 def _sparsity_mask(values: Tensor, call: LinearCall) -> Tensor | None:
@@ -185,32 +301,41 @@ def prepare_weight(weight: Tensor, call: LinearCall) -> _Operand:
     """Ternary codes and the scale of each row [O, 1], or the master weight."""
     if call.format.weights == "full":
         return _Operand(weight)
-    scale = ternary_row_scale(weight, call)
-    codes = _Operand(ops.ternary_codes(weight, scale), scale)
+    codes = (
+        call.cache.get(call.weight_version, lambda: _ternary(weight, call)) if call.cache else _ternary(weight, call)
+    )
     return codes if call.quantization == 1.0 else _Operand(_interpolate(weight, codes, call.quantization))
 
 
-def ternary_row_scale(weight_OD: Tensor, call: LinearCall) -> Tensor:
-    """float32 absmean scale of each row [O, 1]: one per part, or one for the matrix, over all shards."""
+def _ternary(weight: Tensor, call: LinearCall) -> _Operand:
+    scale = ternary_scale(weight, call)
+    return _Operand(reference.ternary_codes(weight, scale), scale)
+
+
+def ternary_scale(weight_OD: Tensor, call: LinearCall) -> Tensor:
+    """float32 absmean scale over all shards: [1] for the matrix, or [O, 1], each row with its part's."""
     group = call.sharding.weight
     parts = call.parts.split(weight_OD)
-    sums = torch.stack([ops.absmean_sum(part) for part in parts])
-    counts = torch.tensor([part.numel() * group_size(group) for part in parts], device=weight_OD.device)
+    sums = torch.stack([reference.absmean_sum(part) for part in parts])
     if group_size(group) > 1:
         dist.all_reduce(sums, group=group)
-    if call.format.ternary_scale == "matrix":
-        sums, counts = sums.sum().expand_as(sums), counts.sum().expand_as(counts)
-    return call.parts.expand(ops.absmean_scale(sums, counts)).unsqueeze(-1)
+    counts = [part.numel() * group_size(group) for part in parts]
+    if len(parts) == 1 or call.format.ternary_scale == "matrix":
+        return reference.absmean_scale(sums.sum(), sum(counts)).view(1)
+    scales = torch.stack([reference.absmean_scale(total, count) for total, count in zip(sums, counts, strict=True)])
+    return call.parts.expand(scales).unsqueeze(-1)
 
 
 def _gather_tokens(local: _Operand, group: dist.ProcessGroup | None) -> _Operand:
     """All tokens of a sequence-sharded operand: int8 codes and one scale per token travel, not floats."""
-    if group_size(group) == 1:
-        return local
-    return _Operand(_all_gather(local.values, group), None if local.scale is None else _all_gather(local.scale, group))
+    values = _gather(local.values, group)
+    assert values is not None
+    return _Operand(values, _gather(local.scale, group))
 
 
-def _all_gather(x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+def _gather(x: Tensor | None, group: dist.ProcessGroup | None) -> Tensor | None:
+    if x is None or group_size(group) == 1:
+        return x
     out = x.new_empty((x.shape[0] * group_size(group), *x.shape[1:]))
     dist.all_gather_into_tensor(out, x.contiguous(), group=group)
     return out

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.dispatch import Fused
 from qsparse_layers.selection import group_size
 
 
@@ -25,13 +26,32 @@ class RMSNorm(torch.nn.Module):
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()
         self.eps = eps
+        self.fused: Fused | None = None
+        """One-pass kernels; set where there are any."""
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=device))
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape and type."""
+        if self.fused is not None and x.dtype == torch.bfloat16:
+            return _FusedRMSNorm.apply(x, self.weight, self.eps, self.fused)
         return rms_norm(x, self.weight, x.shape[-1], self.eps)
+
+
+class _FusedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, fused: Fused) -> Tensor:
+        y, rstd = fused.rms_norm(x, gain, eps)
+        ctx.save_for_backward(x, gain, rstd)
+        ctx.fused = fused
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+        x, gain, rstd = ctx.saved_tensors
+        dx, dgain = ctx.fused.backward(grads[0], x, activation=None, gain=gain, rstd=rstd)
+        return dx, dgain, None, None
 
 
 def rms_norm(x: Tensor, gain: Tensor, num_features: int, eps: float, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -1,8 +1,7 @@
 """megatron-core's column- and row-parallel linear layers, computing `functional.qsparse_linear`.
 
 The one override is `_forward_impl`, the hook through which both of megatron's layers do their product: sharding,
-checkpoint keys, bias and the output reduction stay megatron's.  A layer whose format is dense runs megatron's own
-product, so the dense baseline is megatron's and not ours.
+checkpoint keys, bias and the output reduction stay megatron's.
 
 A layer does not know its path in the model, and its format may depend on that: layers are built dense and
 `configure` gives each its format afterwards (`rules.configure_layers`).
@@ -19,8 +18,17 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from kernels.dispatch import Activation, Kernels
 from qsparse_layers.config import LinearFormat
-from qsparse_layers.functional import LinearCall, Sharding, WeightParts, qsparse_linear
+from qsparse_layers.functional import (
+    Front,
+    LinearCall,
+    Sharding,
+    TernaryCache,
+    WeightParts,
+    is_one_pass,
+    qsparse_linear,
+)
 from qsparse_layers.norm import rms_norm
 from qsparse_layers.schedules import Schedule
 from qsparse_layers.stats import ZeroCounts
@@ -39,12 +47,21 @@ class QSparseLinearMixin:
     schedule: Schedule
     counts: ZeroCounts
 
-    def configure(self, layout: LinearFormat, parts: WeightParts, schedule: Schedule) -> None:
-        """Give the layer its format; called once, before the optimizer is built."""
-        self.format, self.parts, self.schedule = layout, parts, schedule
-        self.counts = ZeroCounts()
+    kernels: Kernels
+    cache: TernaryCache
 
-    def _call(self, sharding: Sharding) -> LinearCall:
+    def configure(self, layout: LinearFormat, parts: WeightParts, schedule: Schedule, kernels: Kernels) -> None:
+        """Give the layer its format; called once, before the optimizer is built."""
+        self.format, self.parts, self.schedule, self.kernels = layout, parts, schedule, kernels
+        self.counts, self.cache = ZeroCounts(), TernaryCache()
+
+    @property
+    def _is_megatrons(self) -> bool:
+        """A dense layer runs megatron's product, but on GPUs ours, which adds to its float32 gradient as it goes."""
+        return self.format.is_dense and self.kernels.fused is None
+
+    def call(self, sharding: Sharding) -> LinearCall:
+        """What `qsparse_linear` needs besides tensors, now and with these process groups."""
         return LinearCall(
             format=self.format,
             parts=self.parts,
@@ -52,6 +69,9 @@ class QSparseLinearMixin:
             sparsity=self.schedule.sparsity(self.format),
             quantization=self.schedule.quantization,
             counts=self.counts if self.schedule.counting else None,
+            kernels=self.kernels,
+            cache=self.cache,
+            weight_version=self.schedule.weight_version,
         )
 
 
@@ -62,26 +82,30 @@ class QSparseColumnParallelLinear(QSparseLinearMixin, ColumnParallelLinear):
     """
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.format.is_dense:
+        if self._is_megatrons:
             return super()._forward_impl(input, weight, *args, **kwargs)
         sharding = Sharding(
             weight=self.tp_group,
             tokens=self.tp_group if kwargs["sequence_parallel"] else None,
             dgrad=self.tp_group if kwargs["allreduce_dgrad"] else None,
         )
-        return qsparse_linear(input, weight, self._call(sharding))
+        return qsparse_linear(input, weight, self.call(sharding))
 
 
 class QSparseRowParallelLinear(QSparseLinearMixin, RowParallelLinear):
     """Y = X W^T with X and W sharded over input features: scale and top-K are those of the whole row.
 
     With `sub_norm` the input passes an RMSNorm over all features first (BitNet's SubLN); its gain is sharded as the
-    features are.
+    features are.  Where a row is whole and the kernels can, the norm is computed together with the quantization, and so
+    is the activation function of a feed-forward block (`mlp.QSparseMLP`).
     """
 
-    def configure(self, layout: LinearFormat, parts: WeightParts, schedule: Schedule) -> None:
+    _front: Front | None = None
+    """Of the forward pass in progress."""
+
+    def configure(self, layout: LinearFormat, parts: WeightParts, schedule: Schedule, kernels: Kernels) -> None:
         """As the mixin's, and create the SubLN gain if the format has one."""
-        super().configure(layout, parts, schedule)
+        super().configure(layout, parts, schedule, kernels)
         if layout.sub_norm:
             gain = torch.nn.Parameter(self.weight.new_ones(self.input_size_per_partition))
             set_tensor_model_parallel_attributes(gain, True, 0, 1)
@@ -89,17 +113,36 @@ class QSparseRowParallelLinear(QSparseLinearMixin, RowParallelLinear):
             setattr(gain, "allreduce", getattr(self.weight, "allreduce"))  # noqa: B009, B010
             self.sub_norm_weight = gain
 
-    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """[..., D / TP] -> [..., O], summed (or reduce-scattered) over the tensor-parallel group."""
-        if self.format.sub_norm:
+    def forward(self, input_: Tensor, activation: Activation | None = None) -> tuple[Tensor, Tensor | None]:
+        """[..., D / TP] -> [..., O], summed (or reduce-scattered) over the tensor-parallel group.
+
+        Args:
+            input_: the features of this rank, or with `activation` what the activation function takes.
+            activation: to be computed here; only where `front(activation)` is not None.
+        """
+        self._front = self.front(activation)
+        if self.format.sub_norm and self._front is None:
             eps = self.config.layernorm_epsilon
             input_ = rms_norm(input_, self.sub_norm_weight, self.input_size, eps, self.tp_group)
         return super().forward(input_)
 
+    def front(self, activation: Activation | None) -> Front | None:
+        """What this layer can now compute on its input together with the quantization; None: nothing."""
+        fused = self.kernels.fused
+        if fused is None or self.weight.dtype != torch.bfloat16 or not is_one_pass(self._row_call()):
+            return None
+        if activation is None and not self.format.sub_norm:
+            return None
+        return Front(fused, activation, self.config.layernorm_epsilon)
+
+    def _row_call(self) -> LinearCall:
+        return self.call(Sharding(weight=self.tp_group, features=self.tp_group))
+
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.format.is_dense:
+        if self._is_megatrons:
             return super()._forward_impl(input, weight, *args, **kwargs)
-        return qsparse_linear(input, weight, self._call(Sharding(weight=self.tp_group, features=self.tp_group)))
+        gain = self.sub_norm_weight if self._front and self.format.sub_norm else None
+        return qsparse_linear(input, weight, self._row_call(), self._front, gain)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

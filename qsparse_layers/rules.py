@@ -11,8 +11,10 @@ from typing import Any
 
 from torch.nn import Module, ModuleList
 
+from kernels.dispatch import Kernels
 from qsparse_layers.config import LinearFormat, QSparseConfig, layer_format
 from qsparse_layers.functional import WeightParts
+from qsparse_layers.norm import RMSNorm
 from qsparse_layers.parallel import QSparseLinearMixin
 from qsparse_layers.schedules import Schedule
 
@@ -50,20 +52,30 @@ def _first_indices(model: Module) -> Iterator[tuple[str, int]]:
 
 
 def configure_layers(
-    model: Module, config: QSparseConfig, schedule: Schedule, *, queries_per_group: int, head_dim: int, gated: bool
+    model: Module,
+    config: QSparseConfig,
+    schedule: Schedule,
+    kernels: Kernels,
+    *,
+    queries_per_group: int,
+    head_dim: int,
+    gated: bool,
 ) -> list[ConfiguredLayer]:
-    """Give every Q-Sparse linear layer of `model` its format; returns them in model order.
+    """Give every Q-Sparse linear layer of `model` its format, and the norms their kernels; the layers in model order.
 
     Args:
         model: one pipeline chunk.
         config: model-wide format, rules and warm-ups.
         schedule: shared by all layers; the trainer moves it.
+        kernels: what the layers compute with.
         queries_per_group: query heads per key/value head, for the parts of the fused q/k/v weight.
         head_dim: features of one head.
         gated: whether `linear_fc1` is a fused gate/up weight.
     """
     layers = []
     for path, module in global_paths(model):
+        if isinstance(module, RMSNorm):
+            module.fused = kernels.fused
         if not isinstance(module, QSparseLinearMixin):
             continue
         layout = layer_format(config, path)
@@ -75,6 +87,6 @@ def configure_layers(
             parts = WeightParts(1, (rows // 2, rows // 2))
         else:
             parts = WeightParts(1, (rows,))
-        module.configure(layout, parts, schedule)
+        module.configure(layout, parts, schedule, kernels)
         layers.append(ConfiguredLayer(path, module, layout))
     return layers

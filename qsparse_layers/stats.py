@@ -40,7 +40,7 @@ class LayerSparsity:
     ternary_zeros: float
     """Share of zeros among the layer's weight codes."""
     num_weights: int
-    """Weights of the whole, unsharded matrix."""
+    """Weights of the whole, unsharded matrix; of a layer's experts those that a token visits."""
 
 
 def model_sparsity(layers: Iterable[LayerSparsity]) -> tuple[float, float]:

@@ -1,20 +1,22 @@
-"""`qsparse data prepare | info | verify`: command lines of the data side.
+"""`qsparse data prepare | info | verify | export`: command lines of the data side.
 
 Also runs on its own: `python -m pipeline.data.commands prepare --output data/stdlib`.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
 from rich.console import Console
 
 from pipeline.data.errors import DataError
+from pipeline.data.export import export_megatron
 from pipeline.data.info import print_info
 from pipeline.data.options import PrepareOptions
-from pipeline.data.prepare import default_workers, prepare
+from pipeline.data.prepare import PrepareResult, default_workers, prepare
+from pipeline.data.statistics import dry_run, print_dry_run
 from pipeline.data.verify import verify_dataset
 
 Command = Callable[[argparse.Namespace], int]
@@ -22,7 +24,7 @@ Command = Callable[[argparse.Namespace], int]
 
 # argparse does not export the type of what add_subparsers returns.
 def add_data_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    """Add `data` with its three commands; each sets `run`, a callable from the arguments to an exit code."""
+    """Add `data` with its commands; each sets `run`, a callable from the arguments to an exit code."""
     parser = subparsers.add_parser("data", help="prepare, inspect and check token datasets")
     _add_commands(parser.add_subparsers(dest="data_command", metavar="COMMAND", required=True))
 
@@ -53,6 +55,11 @@ def _add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     verify.add_argument("dataset", type=Path, metavar="DIR", help="dataset folder")
     verify.add_argument("--workers", type=int, default=default_workers(), metavar="N", help="threads (default: cores)")
     verify.set_defaults(run=_guarded(_run_verify))
+    export = commands.add_parser("export", help="write a dataset as Megatron's .bin and .idx")
+    export.add_argument("dataset", type=Path, metavar="DIR", help="dataset folder")
+    export.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for SPLIT.bin and SPLIT.idx")
+    export.add_argument("--overwrite", action="store_true", help="replace files of these names")
+    export.set_defaults(run=_guarded(_run_export))
 
 
 def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -65,7 +72,8 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--output", type=Path, required=True, metavar="DIR", help="folder of the dataset")
     add("--source", dest="sources", action="append", metavar="SOURCE",
         help="stdlib (source of Python's standard library, the default), a file, a folder or a quoted glob pattern of "
-             ".txt .md .rst .py .jsonl .json (also .gz .xz .bz2 .zst) or .parquet; may be repeated")  # fmt: skip
+             ".txt .md .rst .py .jsonl .json .parquet .tar (also .gz .xz .bz2 .zst), or a Megatron .idx; "
+             "may be repeated")  # fmt: skip
     add("--text-key", metavar="NAME", help="JSON field or parquet column with the text (default: text)")
     add("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json to use (default: train one on the corpus)")
     add("--vocab-size", type=int, metavar="N", help="ids of the trained tokenizer (default: 4096)")
@@ -77,6 +85,16 @@ def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     add("--shard-tokens", type=int, metavar="N", help="tokens per shard (default: 268435456, less for small corpora)")
     add("--max-megabytes", type=float, metavar="MB", help="use about this much text (default: all)")
     add("--license", metavar="NAME", help="licence of the text, recorded in dataset.json")
+    add("--dedup", choices=["none", "exact", "near"], help="remove documents that repeat an earlier one, or nearly do "
+        "(MinHash of 5-word shingles; default: none)")  # fmt: skip
+    add("--near-threshold", type=float, metavar="X", help="similarity of near-duplicates, 0.5 to 1 (default: 0.8)")
+    add("--pack-seq-length", type=int, metavar="N",
+        help="order documents by best-fit packing, so that windows of this seq_length cut as few as possible "
+             "(default: documents follow one another)")  # fmt: skip
+    add("--dry-run", action="store_true", help="read everything and show statistics; write nothing")
+    add("--seq-length", type=int, action="append", metavar="N",
+        help="with --dry-run: sequence length to count cut documents for; may be repeated (default: 2048 4096 8192)",
+    )  # fmt: skip
     parser.add_argument(
         "--workers", type=int, metavar="N", help="processes; the result does not depend on it (default: cores, up to 8)"
     )
@@ -104,6 +122,10 @@ def _run_prepare(arguments: argparse.Namespace) -> int:
     if arguments.workers is not None and arguments.workers < 1:
         raise DataError(f"--workers {arguments.workers}: needs at least 1")
     options = _options(arguments)
+    if arguments.dry_run:
+        return _run_dry(options, arguments)
+    if arguments.seq_length:
+        raise DataError(f"--seq-length {arguments.seq_length[0]}: only for --dry-run; to pack, use --pack-seq-length")
     result = prepare(options, workers=arguments.workers, overwrite=arguments.overwrite)
     manifest = result.manifest
     sums = [
@@ -111,9 +133,48 @@ def _run_prepare(arguments: argparse.Namespace) -> int:
         for split, records in manifest.splits.items()
     ]
     print(f"{options.output}: {result.status}; {', '.join(sums)}; tokenizer {manifest.tokenizer.name}")
-    if result.note:
-        print(f"encoded with {manifest.tokenizer.encoder}: {result.note}")
+    for line in _notes(result):
+        print(line)
     return 0
+
+
+def _run_dry(options: PrepareOptions, arguments: argparse.Namespace) -> int:
+    seq_lengths = _seq_lengths(arguments, [2048, 4096, 8192])
+    workers = arguments.workers or default_workers()
+    result = dry_run(options, seq_lengths=seq_lengths, workers=workers, stream=sys.stderr)
+    print_dry_run(result, options, workers=workers, console=Console())
+    return 0
+
+
+def _seq_lengths(arguments: argparse.Namespace, default: list[int]) -> list[int]:
+    chosen: list[int] = arguments.seq_length or default
+    if min(chosen) < 1:
+        raise DataError(f"--seq-length {min(chosen)}: needs at least 1")
+    return chosen
+
+
+def _run_export(arguments: argparse.Namespace) -> int:
+    for part in export_megatron(arguments.dataset, arguments.output, overwrite=arguments.overwrite):
+        print(f"{part.prefix}.bin, .idx: {part.documents:,} documents, {part.tokens:,} tokens")
+    return 0
+
+
+def _notes(result: PrepareResult) -> Iterator[str]:
+    manifest = result.manifest
+    if result.note:
+        yield f"encoded with {manifest.tokenizer.encoder}: {result.note}"
+    if omissions := result.omissions.describe():
+        yield omissions
+    if manifest.dedup is not None:
+        near = f", {manifest.dedup.near_removed:,} near-duplicates" if manifest.dedup.method == "near" else ""
+        yield (
+            f"removed {manifest.dedup.exact_removed:,} exact duplicates{near} "
+            f"of {manifest.dedup.documents_read:,} documents"
+        )
+    if manifest.packing is not None and result.status == "prepared":
+        total = sum(record.tokens for records in manifest.splits.values() for record in records)
+        share = f"; padding {result.padding / total:.2%} of the tokens" if not result.shards_kept else ""
+        yield f"packed for seq_length {manifest.packing.seq_length:,}{share}"
 
 
 def _options(arguments: argparse.Namespace) -> PrepareOptions:
@@ -127,9 +188,7 @@ def _options(arguments: argparse.Namespace) -> PrepareOptions:
 
 
 def _run_info(arguments: argparse.Namespace) -> int:
-    seq_lengths = arguments.seq_length or [256, 2048, 4096]
-    if min(seq_lengths) < 1:
-        raise DataError(f"--seq-length {min(seq_lengths)}: needs at least 1")
+    seq_lengths = _seq_lengths(arguments, [256, 2048, 4096])
     print_info(arguments.dataset, seq_lengths=seq_lengths, console=Console())
     return 0
 

@@ -3,19 +3,22 @@
 A chunk is closed by the document that fills it, so it holds `chunk_tokens` to `2 chunk_tokens` tokens of whole
 documents; only a document that would exceed that is cut, and goes on in the next chunk.  A shard's bytes depend on its
 task alone, which is why any number of workers gives the same dataset and why a restart may keep finished shards.
+Packed shards are cut by `packing.py` instead.
 """
 
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.data.errors import DataError
 from pipeline.data.manifest import Encoder, Split
+from pipeline.data.packing import EncodedDocument, pack_documents
 from pipeline.data.parallel import Counts, Report
 from pipeline.data.shards import ShardIndex, ShardWriter, atomic_write, index_path
 from pipeline.data.spool import read_documents_at
@@ -31,10 +34,12 @@ class EncodeSettings:
     tokenizer: Path
     tokenizer_sha256: str
     eod_token: str
-    encoder: Encoder
-    dtype: str
+    encoder: Encoder | None
+    """None: the spools hold token ids."""
+    dtype: Literal["uint16", "uint32"]
     chunk_tokens: int
     spools: Path
+    pack_seq_length: int | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,9 @@ class ShardTask:
     def fingerprint(self) -> str:
         """Hash of what decides the shard's bytes: documents, tokenizer, layout.  The encoder library does not."""
         settings = self.settings
-        parts = (settings.tokenizer_sha256, settings.eod_token, settings.dtype, settings.chunk_tokens, self.number)
+        packed = () if settings.pack_seq_length is None else ("packed", settings.pack_seq_length)
+        layout = (settings.dtype, settings.chunk_tokens, self.number, *packed)
+        parts = (settings.tokenizer_sha256, settings.eod_token, *layout)
         digest = hashlib.sha256(repr(parts).encode())
         digest.update(np.ascontiguousarray(self.documents["hash"]).tobytes())
         return digest.hexdigest()
@@ -72,27 +79,41 @@ def finished_index(task: ShardTask) -> ShardIndex | None:
     return index if intact and index.task == task.fingerprint() else None
 
 
-def encode_shard(task: ShardTask, report: Report) -> ShardIndex:
-    """Write the shard and its index.
+class ShardEncoder:
+    """Writes shards.  A worker process keeps one for all its tasks: loading a tokenizer takes a quarter of a second.
 
     Args:
-        task: The shard.
-        report: Called after each chunk.
-
-    Returns:
-        The index.
+        settings: What the shards have in common.
     """
-    settings = task.settings
-    tokenizer = TextTokenizer(settings.tokenizer, eod_token=settings.eod_token, encoder=settings.encoder)
-    dtype = np.dtype(settings.dtype)
-    with atomic_write(task.path) as file:
-        writer = ShardWriter(file, shard_number=task.number, dtype=dtype)
-        for chunk in _chunks(task, tokenizer, dtype):
-            writer.add_chunk(chunk.tokens, chunk.doclens, documents=chunk.documents)
-            report(Counts(chunk.documents, chunk.tokens.size, chunk.text_bytes))
-        index = writer.finish(task=task.fingerprint())
-    index.save(index_path(task.path))
-    return index
+
+    def __init__(self, settings: EncodeSettings) -> None:
+        self._settings = settings
+
+    @cached_property
+    def _tokenizer(self) -> TextTokenizer:
+        settings = self._settings
+        return TextTokenizer(settings.tokenizer, eod_token=settings.eod_token, encoder=settings.encoder or "tokenizers")
+
+    def __call__(self, task: ShardTask, report: Report) -> ShardIndex:
+        """Write a shard and its index.
+
+        Args:
+            task: The shard.
+            report: Called after each chunk.
+
+        Returns:
+            The index.
+        """
+        dtype = np.dtype(self._settings.dtype)
+        documents = _encoded_documents(task, self._tokenizer, dtype)
+        with atomic_write(task.path) as file:
+            writer = ShardWriter(file, shard_number=task.number, dtype=dtype)
+            for chunk in _chunks(documents, self._settings, self._tokenizer.eod_id):
+                writer.add_chunk(chunk.tokens, chunk.doclens, documents=chunk.documents)
+                report(Counts(chunk.documents, chunk.tokens.size, chunk.text_bytes, padding=chunk.padding))
+            index = writer.finish(task=task.fingerprint())
+        index.save(index_path(task.path))
+        return index
 
 
 class _Chunk(NamedTuple):
@@ -100,13 +121,23 @@ class _Chunk(NamedTuple):
     doclens: npt.NDArray[np.int64]
     documents: int
     text_bytes: int
+    padding: int = 0
 
 
-def _chunks(task: ShardTask, tokenizer: TextTokenizer, dtype: np.dtype[Any]) -> Iterator[_Chunk]:
-    limit = task.settings.chunk_tokens
+def _chunks(documents: Iterator[EncodedDocument], settings: EncodeSettings, eod_id: int) -> Iterator[_Chunk]:
+    if settings.pack_seq_length is None:
+        yield from _consecutive_chunks(documents, settings.chunk_tokens)
+        return
+    for chunk in pack_documents(
+        documents, seq_length=settings.pack_seq_length, chunk_tokens=settings.chunk_tokens, eod_id=eod_id
+    ):
+        yield _Chunk(chunk.tokens, chunk.doclens, len(chunk.doclens), chunk.text_bytes, chunk.padding)
+
+
+def _consecutive_chunks(documents: Iterator[EncodedDocument], limit: int) -> Iterator[_Chunk]:
     pieces: list[npt.NDArray[Any]] = []
     size = text_bytes = 0
-    for tokens, num_bytes in _encoded_documents(task, tokenizer, dtype):
+    for tokens, num_bytes in documents:
         pieces.append(tokens)
         size += tokens.size
         text_bytes += num_bytes
@@ -127,12 +158,10 @@ def _lengths(pieces: list[npt.NDArray[Any]]) -> npt.NDArray[np.int64]:
     return np.array([piece.size for piece in pieces], dtype=np.int64)
 
 
-def _encoded_documents(
-    task: ShardTask, tokenizer: TextTokenizer, dtype: np.dtype[Any]
-) -> Iterator[tuple[npt.NDArray[Any], int]]:
+def _encoded_documents(task: ShardTask, tokenizer: TextTokenizer, dtype: np.dtype[Any]) -> Iterator[EncodedDocument]:
+    are_tokens = task.settings.encoder is None
     for start in range(0, len(task.documents), _READ_BATCH):
         places = task.documents[start : start + _READ_BATCH]
-        texts = read_documents_at(task.settings.spools, places)
-        for text, num_bytes in zip(texts, places["bytes"].tolist(), strict=True):
-            ids = tokenizer.encode_array(text)
-            yield np.append(ids, tokenizer.eod_id).astype(dtype), num_bytes
+        for data in read_documents_at(task.settings.spools, places):
+            ids = np.frombuffer(data, "<u4") if are_tokens else tokenizer.encode_array(data.decode())
+            yield np.append(ids, tokenizer.eod_id).astype(dtype), len(data)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.data.chunks import open_index
+from pipeline.data.index import open_index
 from pipeline.data.manifest import DatasetManifest, ShardRecord, Split, load_manifest
 
 _EDGES = (0, 64, 256, 1024, 4096, 16384, 65536)

@@ -1,65 +1,200 @@
 """What the trainer reads: sample numbers in, windows of tokens out.
 
-The trainer counts consumed samples and asks for the numbers it needs, in any grouping; which tokens they are is fixed
-by `order.py`.  So a checkpoint holds that count and the dataset's `fingerprint`, and training may go on with another
-number of ranks, microbatches or workers.  A thread prefetches: pread and crc32 release the GIL, while handing windows
-between worker processes would cost more than reading them.
+    sample  --phases, mixing-->  source, draw  --order-->  epoch, chunk, window  --chunks, stores-->  tokens
+
+The trainer counts consumed samples and asks for the numbers it needs, in any grouping and from any number of threads;
+which tokens they are is fixed by the left part of this line, which is pure.  So a checkpoint holds that count, the
+dataset's `fingerprint` and the chunks known to be bad, and training may go on with another number of ranks,
+microbatches or threads.
 """
 
 import hashlib
-import queue
-import threading
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.bad_chunks import BadChunk, BadChunks, substitute
 from pipeline.data.chunks import ChunkReader
-from pipeline.data.errors import DataError
-from pipeline.data.manifest import Split, load_manifest
-from pipeline.data.order import BLOCK_RUNS, MAX_RUN_WINDOWS, ORDER_VERSION, WindowOrder
+from pipeline.data.errors import BadChunkError, DataError
+from pipeline.data.index import combine_index
+from pipeline.data.manifest import DatasetManifest, Split, load_manifest
+from pipeline.data.mixing import MixingError, Mixture, block_size
+from pipeline.data.order import ORDER_VERSION, Shuffle, SourceOrder, make_order
+from pipeline.data.phases import Phase
+from pipeline.data.remote import RemoteFolder, RemoteOptions, RemoteStore, fetch_metadata, is_remote
+from pipeline.data.stores import Store
+
+LARGE_SPLIT_TOKENS = 2**27
+"""`shuffle="auto"`: splits with more tokens are read chunk by chunk."""
+_MAX_SUBSTITUTES = 100
+
+
+@dataclass(frozen=True)
+class OrderOptions:
+    """What decides the order besides datasets and phases."""
+
+    seed: int = 0
+    shuffle: str = "auto"
+    """`windows`, `chunks`, or `auto` by size."""
+    interleave: int | None = None
+    """Columns that chunks are read in; absent: the global batch size of each phase."""
+
+
+class SourceFiles:
+    """One dataset: its dataset.json and where its shards are.
+
+    Args:
+        path: folder or address.
+        remote: how to read an address.
+
+    Raises:
+        DataError: it is not there, incomplete or not valid.
+    """
+
+    def __init__(self, path: str | Path, remote: RemoteOptions | None = None) -> None:
+        self.path = str(path)
+        self.store: Store | None = None
+        if is_remote(self.path):
+            options = remote or RemoteOptions()
+            address = RemoteFolder(self.path, options)
+            self.folder = fetch_metadata(address, options.cache)
+            self.store = RemoteStore(address, self.folder, options.cache_bytes)
+        else:
+            self.folder = Path(path)
+        self.manifest: DatasetManifest = load_manifest(self.folder)
+
+    def combine_index(self, split: Split, *, check_files: bool) -> None:
+        """Write the combined index of a large split; for one process, before the others open it."""
+        combine_index(self.folder, self.manifest, split, check_files=check_files and self.store is None)
+
+    def open(self, split: Split, *, check_files: bool) -> ChunkReader:
+        """A reader of the split's chunks."""
+        return ChunkReader(self.folder, self.manifest, split, store=self.store, check_files=check_files)
+
+
+class _Source:
+    """One dataset of the mixture, open for reading."""
+
+    def __init__(self, files: SourceFiles, split: Split, shuffle: str, *, check_files: bool) -> None:
+        self.files, self.split = files, split
+        self.reader = files.open(split, check_files=check_files)
+        tokens = sum(record.tokens for record in files.manifest.splits[split])
+        self.shuffle: Shuffle = "chunks" if tokens > LARGE_SPLIT_TOKENS else "windows"
+        if shuffle != "auto":
+            self.shuffle = "chunks" if shuffle == "chunks" else "windows"
+
+    def windows(self, seq_length: int) -> npt.NDArray[np.int32]:
+        """Windows of each chunk."""
+        self._check_packing(seq_length)
+        windows = self.reader.index.windows(seq_length)
+        if not windows.any():
+            longest = int(self.reader.tokens_per_chunk.max(initial=0))
+            raise DataError(
+                f"{self.files.path}: split '{self.split}' has no window of {seq_length + 1} tokens, its longest chunk "
+                f"holds {longest}; use a shorter seq_length, more text, a larger --val-share or larger --chunk-tokens"
+            )
+        return windows
+
+    def _check_packing(self, seq_length: int) -> None:
+        packing = self.files.manifest.packing
+        if packing is not None and seq_length % packing.seq_length:
+            raise DataError(
+                f"{self.files.path}: packed for windows of {packing.seq_length} tokens, seq_length={seq_length} would "
+                f"cut its documents anywhere; use training.seq_length={packing.seq_length} or a multiple, or prepare "
+                "the dataset without packing"
+            )
 
 
 class WindowDataset:
     """Windows of `seq_length + 1` tokens of one split: inputs are `window[:-1]`, labels `window[1:]`.
 
     Args:
-        path: Dataset folder.
+        sources: the datasets of the mixture.
         split: `train` or `val`.
-        seq_length: Tokens the model sees per sample.
-        seed: Selects the sample order.
+        phases: weights and sequence length over the samples; the first from sample 0.
+        order: seed and kind of order.
+        bad_chunks: where chunks that cannot be read are noted and gone around; absent: reading one is an error.
+        check_files: compare the size of every local shard with dataset.json.
 
     Raises:
-        DataError: The dataset is incomplete or damaged, has no such split, or no window of that length.
+        DataError: A dataset is incomplete or damaged, has no such split, no window of that length, or another tokenizer
+            than the others.
     """
 
-    def __init__(self, path: Path, split: Split, *, seq_length: int, seed: int) -> None:
-        manifest = load_manifest(path)
-        self._reader = ChunkReader(path, manifest, split)
-        self._seq_length = seq_length
-        windows = np.maximum(self._reader.tokens_per_chunk - 1, 0) // seq_length
-        if not windows.sum():
-            longest = int(self._reader.tokens_per_chunk.max(initial=0))
-            raise DataError(
-                f"{path}: split '{split}' has no window of {seq_length + 1} tokens, its longest chunk holds {longest}; "
-                "use a shorter seq_length, more text, a larger --val-share or larger --chunk-tokens"
+    def __init__(
+        self,
+        sources: Sequence[SourceFiles],
+        split: Split,
+        *,
+        phases: Sequence[Phase],
+        order: OrderOptions | None = None,
+        bad_chunks: BadChunks | None = None,
+        check_files: bool = True,
+    ) -> None:
+        options = order or OrderOptions()
+        check_same_tokenizer(sources)
+        self._sources = [_Source(files, split, options.shuffle, check_files=check_files) for files in sources]
+        self._bad_chunks, self._seed = bad_chunks, options.seed
+        columns = [options.interleave or phase.global_batch_size for phase in phases]
+        if not any(source.shuffle == "chunks" for source in self._sources):
+            columns = [1] * len(phases)  # random access: the order need not know the batch size
+        try:
+            self._mixture = Mixture(phases, [block_size(len(sources), count) for count in columns])
+        except MixingError as error:
+            raise DataError(f"data.sources: {error}") from None
+        self._windows = {
+            (stretch, number): source.windows(length)
+            for stretch, length in enumerate(self._mixture.lengths)
+            for number, source in enumerate(self._sources)
+        }
+        self._orders: dict[tuple[int, int], SourceOrder] = {
+            (stretch, number): make_order(
+                self._sources[number].shuffle,
+                windows,
+                (options.seed, "stretch", stretch),
+                self._mixture.layouts(stretch, number),
             )
-        self._order = WindowOrder(windows, seed=seed)
-        self.num_windows = self._order.num_windows
-        """Windows per epoch."""
-        self.vocab_size = manifest.vocab_size
-        self.eod_id = manifest.eod_id
-        self.tokenizer_path = path / manifest.tokenizer.file
-        parts = (manifest.identity(), split, seq_length, seed, ORDER_VERSION, BLOCK_RUNS, MAX_RUN_WINDOWS)
-        self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()
-        """Hash of everything that maps a sample number to tokens; a resumed run must find the same."""
+            for (stretch, number), windows in self._windows.items()
+        }
+        self.num_windows = sum(self._orders[0, number].num_windows for number in range(len(sources)))
+        """Windows per epoch, of all sources at the first sequence length."""
+        manifest = sources[0].manifest
+        self.vocab_size, self.eod_id = manifest.vocab_size, manifest.eod_id
+        self.tokenizer_path = sources[0].folder / manifest.tokenizer.file
+        self.description = self._describe(split, phases, columns)
+        """Everything that maps a sample number to tokens, as JSON values; a resumed run must have the same."""
+        text = json.dumps(self.description, sort_keys=True)
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        """Hash of `description`."""
+
+    def _describe(self, split: Split, phases: Sequence[Phase], columns: list[int]) -> dict[str, Any]:
+        return {
+            "order version": ORDER_VERSION,
+            "split": split,
+            "data.seed": self._seed,
+            "datasets": [source.files.manifest.identity() for source in self._sources],
+            "data.shuffle": [source.shuffle for source in self._sources],
+            "phases": [
+                {
+                    "first sample": phase.first_sample,
+                    "weights": [weight / sum(phase.weights) for weight in phase.weights],
+                    "seq_length": phase.seq_length,
+                    "data.interleave": count,
+                }
+                for phase, count in zip(phases, columns, strict=True)
+            ],
+        }
 
     def windows(self, samples: Sequence[int]) -> npt.NDArray[np.int64]:
-        """Tokens of samples of the endless stream.
+        """Tokens of samples of the endless stream; threads may call it at once.
 
         Args:
-            samples: Sample numbers, from 0, any order.
+            samples: Sample numbers, from 0, any order, all of one sequence length.
 
         Returns:
             [len(samples), seq_length + 1] token ids.
@@ -68,69 +203,88 @@ class WindowDataset:
             DataError: A chunk cannot be read or is damaged.
             ValueError: A sample number is negative.
         """
-        places = self._order.locate(samples)
-        out = np.empty((len(samples), self._seq_length + 1), dtype=np.int64)
-        for row, (chunk, window) in enumerate(zip(places.chunk.tolist(), places.window.tolist(), strict=True)):
-            out[row] = self._reader.read(chunk, window * self._seq_length, self._seq_length + 1)
+        numbers = np.asarray(samples, dtype=np.int64).reshape(-1)
+        if numbers.size and numbers.min() < 0:
+            raise ValueError(f"sample numbers start at 0, got {numbers.min()}")
+        stretches, sources, draws = self._mixture.locate(numbers)
+        if numbers.size and stretches.min() != stretches.max():
+            raise ValueError(f"samples {numbers.min()} to {numbers.max()} have different sequence lengths")
+        stretch = int(stretches[0]) if numbers.size else 0
+        length = self._mixture.lengths[stretch]
+        out = np.empty((len(numbers), length + 1), dtype=np.int64)
+        for source in np.unique(sources).tolist():
+            rows = np.flatnonzero(sources == source)
+            places = self._orders[stretch, source].locate(draws[rows])
+            self._read(out, rows, stretch, source, *places)
         return out
+
+    def _read(
+        self,
+        out: npt.NDArray[np.int64],
+        rows: npt.NDArray[np.int64],
+        stretch: int,
+        source: int,
+        epochs: npt.NDArray[np.int64],
+        chunks: npt.NDArray[np.int64],
+        windows: npt.NDArray[np.int64],
+    ) -> None:
+        reader, length = self._sources[source].reader, self._mixture.lengths[stretch]
+        places = (rows.tolist(), epochs.tolist(), chunks.tolist(), windows.tolist())
+        for row, epoch, chunk, window in zip(*places, strict=True):
+            if self._bad_chunks is None:
+                out[row] = reader.read(chunk, window * length, length + 1)
+            else:
+                out[row] = self._read_or_substitute(self._bad_chunks, stretch, source, epoch, chunk, window)
+
+    def _read_or_substitute(
+        self, bad: BadChunks, stretch: int, source: int, epoch: int, chunk: int, window: int
+    ) -> npt.NDArray[Any]:
+        reader, length = self._sources[source].reader, self._mixture.lengths[stretch]
+        windows = self._windows[stretch, source]
+        place = (self._seed, stretch, epoch, chunk, window)
+        candidate: tuple[int, int] | None = (chunk, window)
+        for attempt in range(_MAX_SUBSTITUTES):
+            if candidate is not None:
+                shard, number = reader.index.place(candidate[0])
+                name = reader.index.records[shard].name
+                if (source, name, number) not in bad:
+                    try:
+                        return reader.read(candidate[0], candidate[1] * length, length + 1)
+                    except BadChunkError as error:
+                        bad.add(BadChunk(source, name, number, str(error)))
+                        bad.check_share(len(windows), str(error))
+            candidate = substitute(windows, place, attempt)
+        raise DataError(f"{self._sources[source].files.path}: {_MAX_SUBSTITUTES} windows in a row cannot be read")
 
     def close(self) -> None:
         """Close the shards."""
-        self._reader.close()
+        for source in self._sources:
+            source.reader.close()
 
 
-class Prefetcher:
-    """Reads windows ahead in one thread.
+def open_windows(path: str | Path, split: Split, *, seq_length: int, seed: int = 0) -> WindowDataset:
+    """One dataset, one sequence length: for looking at data outside of a run.
 
-    Args:
-        dataset: Dataset that only this prefetcher uses until `close`.
-        batches: Lists of sample numbers, taken in order; may be endless.
-        depth: Batches read ahead.
+    Raises:
+        DataError: as for `WindowDataset`.
     """
+    return WindowDataset(
+        [SourceFiles(path)], split, phases=[Phase(0, 0, (1.0,), seq_length, 1)], order=OrderOptions(seed=seed)
+    )
 
-    def __init__(self, dataset: WindowDataset, batches: Iterable[Sequence[int]], *, depth: int = 2) -> None:
-        self._dataset = dataset
-        self._ready: queue.Queue[npt.NDArray[np.int64] | BaseException | None] = queue.Queue(maxsize=depth)
-        self._closed = threading.Event()
-        self._over = False
-        self._thread = threading.Thread(target=self._read, args=(iter(batches),), name="prefetch", daemon=True)
-        self._thread.start()
 
-    def __iter__(self) -> "Prefetcher":
-        return self
+def check_same_tokenizer(sources: Sequence[SourceFiles]) -> None:
+    """Refuse to mix datasets of different tokenizers.
 
-    def __next__(self) -> npt.NDArray[np.int64]:
-        """Windows of the next list, [samples, seq_length + 1]; an error of the thread is raised here."""
-        if self._over:
-            raise StopIteration
-        item = self._ready.get()
-        if isinstance(item, np.ndarray):
-            return item
-        self._over = True
-        if item is None:
-            raise StopIteration
-        raise item
-
-    def close(self) -> None:
-        """Stop reading and wait for the thread; the dataset stays open."""
-        self._over = True
-        self._closed.set()
-        self._thread.join()
-
-    def _read(self, batches: Iterator[Sequence[int]]) -> None:
-        try:
-            for samples in batches:
-                if not self._put(self._dataset.windows(samples)):
-                    return
-            self._put(None)
-        except BaseException as error:
-            self._put(error)
-
-    def _put(self, item: npt.NDArray[np.int64] | BaseException | None) -> bool:
-        while not self._closed.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
+    Raises:
+        DataError: names the first two that differ.
+    """
+    first = sources[0]
+    for other in sources[1:]:
+        one, two = first.manifest, other.manifest
+        if (one.tokenizer.sha256, one.eod_id) != (two.tokenizer.sha256, two.eod_id):
+            raise DataError(
+                f"data.sources: {first.path} was made with tokenizer {one.tokenizer.name} "
+                f"({one.tokenizer.sha256[:12]}, EOD {one.eod_id}) and {other.path} with {two.tokenizer.name} "
+                f"({two.tokenizer.sha256[:12]}, EOD {two.eod_id}); prepare both with the same --tokenizer"
+            )

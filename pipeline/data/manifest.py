@@ -27,6 +27,7 @@ WORK_FOLDER = ".prepare"
 
 Split = Literal["train", "val"]
 Encoder = Literal["tiktoken", "tokenizers"]
+DedupMethod = Literal["none", "exact", "near"]
 
 
 class Record(BaseModel):
@@ -54,8 +55,26 @@ class TokenizerRecord(Record):
     file: str = TOKENIZER_NAME
     sha256: str
     name: str
-    encoder: Encoder
-    """Library that encoded the corpus; both give the same ids."""
+    encoder: Encoder | Literal["imported"]
+    """Library that encoded the corpus, both give the same ids; or the ids were imported."""
+
+
+class DedupRecord(Record):
+    """Documents that were removed as duplicates."""
+
+    method: Literal["exact", "near"]
+    threshold: float | None = None
+    """Estimated Jaccard similarity from which documents are near-duplicates."""
+    documents_read: int = Field(ge=0)
+    exact_removed: int = Field(ge=0)
+    near_removed: int = Field(ge=0)
+
+
+class PackingRecord(Record):
+    """How the documents were packed."""
+
+    seq_length: int = Field(gt=0)
+    """Windows of this many inputs begin and end between documents, if they fit."""
 
 
 class DatasetManifest(Record):
@@ -78,6 +97,10 @@ class DatasetManifest(Record):
     """Seed of the document shuffle."""
     request: str
     """Hash of options and input files; preparing the same request again is a no-op."""
+    dedup: DedupRecord | None = None
+    """Absent: duplicates were kept."""
+    packing: PackingRecord | None = None
+    """Absent: documents follow one another."""
 
     @property
     def token_dtype(self) -> np.dtype[np.uint16] | np.dtype[np.uint32]:
@@ -99,8 +122,9 @@ class DatasetManifest(Record):
 
     def save(self, folder: Path) -> None:
         """Write dataset.json atomically; its presence means that the dataset is complete."""
+        absent = {name for name in ("dedup", "packing") if getattr(self, name) is None}
         with atomic_write(folder / MANIFEST_NAME) as file:
-            file.write((self.model_dump_json(indent=2) + "\n").encode())
+            file.write((self.model_dump_json(indent=2, exclude=absent) + "\n").encode())
 
 
 def load_manifest(folder: Path) -> DatasetManifest:

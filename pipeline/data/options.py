@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from pipeline.data.errors import DataError
-from pipeline.data.manifest import FORMAT_VERSION, Record
+from pipeline.data.manifest import FORMAT_VERSION, DedupMethod, Record
 from pipeline.data.shards import file_sha256
 from pipeline.data.sources import STDLIB, InputFile
 from pipeline.data.tokenizer import EOD_TOKEN
@@ -45,9 +45,19 @@ class PrepareOptions(Record):
     """Use only about this much text; absent: all."""
     license: str | None = None
     """Licence of the text, recorded in dataset.json."""
+    dedup: DedupMethod = "none"
+    """Remove documents that repeat an earlier one, or nearly do."""
+    near_threshold: float = Field(0.8, ge=0.5, le=1.0)
+    """Estimated Jaccard similarity of 5-word shingles from which documents are near-duplicates."""
+    pack_seq_length: PositiveInt | None = None
+    """Order documents so that windows of this seq_length cut as few as possible; absent: one after the other."""
 
-    def check_tokenizer(self) -> None:
-        """Raise a DataError if the tokenizer's options contradict each other or its file is missing."""
+    def check(self, inputs: Sequence[InputFile]) -> None:
+        """Raise a DataError if options contradict each other or the inputs, or the tokenizer is missing."""
+        if "near_threshold" in self.model_fields_set and self.dedup != "near":
+            raise DataError(f"--near-threshold {self.near_threshold}: needs --dedup near")
+        if self.tokenizer is None and inputs[0].kind == "megatron":
+            raise DataError(f"{inputs[0].path}: holds tokens; name the tokenizer that made them with --tokenizer")
         if self.tokenizer is None:
             return
         if "vocab_size" in self.model_fields_set:
@@ -68,7 +78,10 @@ class PrepareOptions(Record):
 
     def request(self, inputs: Sequence[InputFile]) -> str:
         """Hash of everything that decides the dataset, as far as it can be known without reading the inputs."""
-        options = self.model_dump(mode="json", exclude={"output", "tokenizer"})
+        # Options that came later count only where they are used: datasets made before them stay up to date.
+        later = ("dedup", "near_threshold", "pack_seq_length")
+        unused = {name for name in later if getattr(self, name) == type(self).model_fields[name].default}
+        options = self.model_dump(mode="json", exclude={"output", "tokenizer", *unused})
         tokenizer = None if self.tokenizer is None else file_sha256(self.tokenizer)
         files = [{**asdict(file), "path": str(file.path)} for file in inputs]
         text = json.dumps([FORMAT_VERSION, options, tokenizer, files], sort_keys=True)

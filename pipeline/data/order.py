@@ -1,130 +1,209 @@
-"""Sample number -> (source, epoch, chunk, window), a pure function: the whole state of a reader is one integer.
+"""Draw number -> (epoch, chunk, window) of one source, a pure function: the whole state of a reader is one integer.
 
-A chunk of n tokens holds (n - 1) // seq_length windows of seq_length + 1 tokens that overlap by one token.  Chunks are
-cut into runs of W consecutive windows; an epoch visits the runs in a permuted order, K at a time:
+A chunk of n tokens holds (n - 1) // seq_length windows of seq_length + 1 tokens that overlap by one token.
 
-    chunk 7  [ w0 w1 .. w(W-1) | ..      block 0 = K permuted runs     sample p of a block -> run p mod K,
-    chunk 2  [ ..              | ..      block 1 = the next K runs                             window p div K of it
-                                         tail    = windows that fill no run, permuted singly
+`windows`: every epoch is a random permutation of all windows.  The best shuffle, and what is right for a corpus that
+fits into the page cache; on a large one it would scatter 8 kB reads over the whole store.
 
-So every batch draws from K places of the corpus, while each run is read front to back once.  The obvious way, a
-permutation of all windows, scatters 8 kB reads over the whole corpus; a shuffle buffer would have to be saved in
-checkpoints and depends on the number of readers.  Here nothing depends on ranks, workers, micro- or global batch.
-The trade-off: within an epoch, windows of one run stay K samples apart, so documents must have been shuffled when the
-shards were written (`prepare` does).
+`chunks`: every epoch permutes the chunks, lays their windows in a row and reads that row from many places in turn:
+
+    epoch      | chunk 7 | chunk 2 | chunk 9 | chunk 4 | ...       a permutation of the chunks
+    lanes      |---- lane 0 ----|---- lane 1 ----| ...             equal pieces, read in turn (see lanes.py)
+
+So a batch draws from as many places of the corpus as it has samples, while each chunk is read once, from front to back
+and by one rank.  The obvious alternatives: a shuffle buffer has to be saved in checkpoints and depends on the number of
+readers; a stored permutation of 15 T tokens takes 30 GB.  Here nothing depends on ranks, workers or micro-batch, and
+nothing is stored but 8 bytes per 16 chunks.  The trade-off: neighbours in a chunk stay about `columns * depth` draws
+apart, so documents must have been shuffled when the shards were written (`prepare` does).
 """
 
-from typing import NamedTuple
+import threading
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.lanes import I64, Lanes, Layout, Unread
 from pipeline.data.permute import Permutation
 
-I64 = npt.NDArray[np.int64]
-
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 """Part of the fingerprint in checkpoints: raise it with any change of the order."""
-BLOCK_RUNS = 256
-"""K: runs that are interleaved."""
-MAX_RUN_WINDOWS = 64
-"""Upper bound of W."""
+LANE_DEPTH = 4
+"""Lanes per column, if the corpus has the chunks for it."""
+_CHUNKS_PER_LANE = 8
+_GROUP = 16
+_SLICE = 1 << 16
+
+Shuffle = Literal["windows", "chunks"]
+Key = tuple[int | str, ...]
 
 
-class Locations(NamedTuple):
-    """Where samples lie; four int64 arrays of equal length."""
+class Places(NamedTuple):
+    """Where draws lie; three int64 arrays of equal length."""
 
-    source: I64
-    """Index of the dataset in a mixture; 0 as long as there is one dataset."""
     epoch: I64
     chunk: I64
     """Chunk of the split, counted over its shards in order."""
     window: I64
-    """Window inside the chunk: tokens `window * seq_length` to `(window + 1) * seq_length`, both included."""
+    """Window inside the chunk, from 0."""
 
 
-def choose_run_windows(windows_per_chunk: I64) -> int:
-    """W in [max/2, max], max = min(64, largest chunk), that leaves the fewest windows to the tail; ties: the largest.
+class LayoutChange(NamedTuple):
+    """From this draw on the source is read in that many columns."""
 
-    A fixed W = 64 would send a quarter of the windows of a 255-window chunk to the tail; W = 51 sends none.
-    """
-    limit = int(min(MAX_RUN_WINDOWS, windows_per_chunk.max(initial=1)))
-    sizes, counts = np.unique(windows_per_chunk, return_counts=True)
-    candidates = range(max(1, limit), max(1, (limit + 1) // 2) - 1, -1)
-    return min(candidates, key=lambda run: int(((sizes % run) * counts).sum()))
+    first_draw: int
+    columns: int
 
 
-class WindowOrder:
-    """The endless sample order of one split.
+class SourceOrder(Protocol):
+    """The endless sequence of draws from one source."""
+
+    num_windows: int
+    """Windows per epoch."""
+
+    def locate(self, draws: I64) -> Places:
+        """Where these draws lie, [n] each."""
+
+
+class WindowShuffle:
+    """`windows`: each epoch a random permutation.
 
     Args:
-        windows_per_chunk: Number of windows of each chunk.
-        seed: Selects the order; each epoch has its own permutation.
-        block_runs: K, runs that are interleaved.
-
-    Raises:
-        ValueError: There is no window at all.
+        windows_per_chunk: number of windows of each chunk.
+        key: selects the order; each epoch has its own permutation.
     """
 
-    def __init__(self, windows_per_chunk: I64, *, seed: int, block_runs: int = BLOCK_RUNS) -> None:
-        windows = np.asarray(windows_per_chunk, dtype=np.int64)
-        self.num_windows = int(windows.sum())
-        if self.num_windows == 0:
-            raise ValueError("no chunk holds a single window")
-        self.run_windows = choose_run_windows(windows)
-        self._seed = seed
-        self._runs_of_chunk, left = np.divmod(windows, self.run_windows)
-        self._run_start = np.concatenate(([0], np.cumsum(self._runs_of_chunk)))
-        self._tail_start = np.concatenate(([0], np.cumsum(left)))
-        self._num_runs = int(self._run_start[-1])
-        self._num_blocks = -(-self._num_runs // block_runs)
+    def __init__(self, windows_per_chunk: npt.NDArray[np.integer], key: Key) -> None:
+        self._end = np.cumsum(windows_per_chunk, dtype=np.int64)
+        self.num_windows = _checked_total(int(self._end[-1]))
+        self._key = key
 
-    def locate(self, samples: npt.ArrayLike) -> Locations:
-        """Where the samples with these numbers lie.
-
-        Args:
-            samples: Sample numbers of the endless stream, any order, [n].
-
-        Returns:
-            Locations, arrays of [n].
-
-        Raises:
-            ValueError: A number is negative.
-        """
-        numbers = np.asarray(samples, dtype=np.int64).reshape(-1)
-        if numbers.size and numbers.min() < 0:
-            raise ValueError(f"sample numbers start at 0, got {numbers.min()}")
-        epoch, position = np.divmod(numbers, self.num_windows)
-        chunk, window = np.empty_like(position), np.empty_like(position)
+    def locate(self, draws: I64) -> Places:
+        """Where these draws lie, [n] each."""
+        epoch, position = np.divmod(draws, self.num_windows)
+        item = np.empty_like(position)
         for current in np.unique(epoch):
             here = epoch == current
-            chunk[here], window[here] = self._locate_in_epoch(int(current), position[here])
-        return Locations(np.zeros_like(epoch), epoch, chunk, window)
+            item[here] = Permutation(self.num_windows, (*self._key, int(current), "windows"))(position[here])
+        chunk = np.searchsorted(self._end, item, side="right")
+        return Places(epoch, chunk, item - np.where(chunk > 0, self._end[chunk - 1], 0))
 
-    def _locate_in_epoch(self, epoch: int, position: I64) -> tuple[I64, I64]:
-        body = self._num_runs * self.run_windows
+
+class ChunkInterleave:
+    """`chunks`: each epoch a permutation of the chunks, read from many places in turn.
+
+    Args:
+        windows_per_chunk: number of windows of each chunk.
+        key: selects the order; each epoch has its own.
+        layouts: columns over the draws, ascending, the first from draw 0.
+    """
+
+    def __init__(self, windows_per_chunk: npt.NDArray[np.integer], key: Key, layouts: Sequence[LayoutChange]) -> None:
+        self._windows = np.asarray(windows_per_chunk, dtype=np.int32)
+        self.num_windows = _checked_total(int(self._windows.sum(dtype=np.int64)))
+        self._key, self._layouts = key, tuple(layouts)
+        self._epochs: dict[int, _Epoch] = {}
+        self._lock = threading.Lock()
+
+    def locate(self, draws: I64) -> Places:
+        """Where these draws lie, [n] each."""
+        epoch, position = np.divmod(draws, self.num_windows)
         chunk, window = np.empty_like(position), np.empty_like(position)
-        in_body = position < body
-        if in_body.any():
-            chunk[in_body], window[in_body] = self._locate_in_runs(epoch, position[in_body])
-        if not in_body.all():
-            chunk[~in_body], window[~in_body] = self._locate_in_tail(epoch, position[~in_body] - body)
-        return chunk, window
+        for current in np.unique(epoch).tolist():
+            here = epoch == current
+            chunk[here], window[here] = self._epoch(current).locate(position[here])
+        return Places(epoch, chunk, window)
 
-    def _locate_in_runs(self, epoch: int, position: I64) -> tuple[I64, I64]:
-        # Blocks differ by at most one run: a short last block would put one run's windows next to each other.
-        small, num_large = divmod(self._num_runs, self._num_blocks)
-        large_end = num_large * (small + 1) * self.run_windows
-        is_large = position < large_end
-        runs = np.where(is_large, small + 1, small)
-        block, offset = np.divmod(np.where(is_large, position, position - large_end), runs * self.run_windows)
-        first_run = np.where(is_large, 0, num_large * (small + 1)) + block * runs
-        step, lane = np.divmod(offset, runs)
-        run = Permutation(self._num_runs, (self._seed, epoch, "runs"))(first_run + lane)
-        chunk = np.searchsorted(self._run_start, run, side="right") - 1
-        return chunk, (run - self._run_start[chunk]) * self.run_windows + step
+    def _epoch(self, number: int) -> "_Epoch":
+        with self._lock:
+            if number not in self._epochs:
+                if len(self._epochs) > 1:  # readers stand in one epoch, or across the border of two
+                    self._epochs.pop(min(self._epochs))
+                self._epochs[number] = _Epoch(self._windows, (*self._key, number), self._changes(number))
+            return self._epochs[number]
 
-    def _locate_in_tail(self, epoch: int, position: I64) -> tuple[I64, I64]:
-        rank = Permutation(int(self._tail_start[-1]), (self._seed, epoch, "tail"))(position)
-        chunk = np.searchsorted(self._tail_start, rank, side="right") - 1
-        return chunk, self._runs_of_chunk[chunk] * self.run_windows + rank - self._tail_start[chunk]
+    def _changes(self, epoch: int) -> list[tuple[int, Layout]]:
+        """(first draw of this epoch, layout) of the layouts that are used in the epoch."""
+        begin = epoch * self.num_windows
+        current = [change for change in self._layouts if change.first_draw <= begin][-1]
+        later = [change for change in self._layouts if begin < change.first_draw < begin + self.num_windows]
+        return [(max(0, change.first_draw - begin), self._layout(change.columns)) for change in (current, *later)]
+
+    def _layout(self, columns: int) -> Layout:
+        depth = len(self._windows) // (columns * _CHUNKS_PER_LANE)
+        return Layout(columns, min(max(depth, 1), LANE_DEPTH))
+
+
+class _Epoch:
+    """One epoch: a row of windows, and the lanes that read it, cut anew at each change of the layout."""
+
+    def __init__(self, windows_per_chunk: npt.NDArray[np.int32], key: Key, changes: list[tuple[int, Layout]]) -> None:
+        self._row = _PermutedChunks(windows_per_chunk, (*key, "chunks"))
+        self._begins = np.array([begin for begin, _ in changes])
+        self._lanes: list[Lanes] = []
+        self._unread: list[Unread] = []
+        for number, (begin, layout) in enumerate(changes):
+            if number:
+                self._unread.append(self._lanes[-1].unread(begin - int(self._begins[number - 1])))
+            self._lanes.append(Lanes(self._row.num_windows - begin, layout, (*key, number)))
+
+    def locate(self, position: I64) -> tuple[I64, I64]:
+        level = np.searchsorted(self._begins, position, side="right") - 1
+        item = position - self._begins[level]
+        for number in range(len(self._lanes) - 1, -1, -1):
+            fresh, remapped = level == number, level > number
+            item[fresh] = self._lanes[number].items(item[fresh])
+            if remapped.any():
+                item[remapped] = self._unread[number].items(item[remapped])
+        return self._row.locate(item)
+
+
+class _PermutedChunks:
+    """The windows of permuted chunks in a row; remembers where every 16th chunk begins and computes the others."""
+
+    def __init__(self, windows_per_chunk: npt.NDArray[np.int32], key: Key) -> None:
+        self._windows = windows_per_chunk
+        self._permutation = Permutation(len(windows_per_chunk), key)
+        groups = -(-len(windows_per_chunk) // _GROUP)
+        lengths = np.zeros(groups + 1, dtype=np.int64)
+        for begin in range(0, groups, _SLICE // _GROUP):  # in slices that stay in the processor's cache
+            some = np.arange(begin, min(begin + _SLICE // _GROUP, groups))
+            lengths[some + 1] = self._lengths_of(some)[1].sum(axis=1)
+        self._begin = np.cumsum(lengths)
+        self.num_windows = int(self._begin[-1])
+
+    def locate(self, item: I64) -> tuple[I64, I64]:
+        group = np.searchsorted(self._begin, item, side="right") - 1
+        groups, row = np.unique(group, return_inverse=True)
+        chunks, lengths = self._lengths_of(groups)
+        ends = np.cumsum(lengths, axis=1)
+        offset = item - self._begin[group]
+        place = (ends[row] <= offset[:, None]).sum(axis=1)
+        return chunks[row, place], offset - (ends - lengths)[row, place]
+
+    def _lengths_of(self, groups: I64) -> tuple[I64, I64]:
+        """Chunks of these groups in order and their windows, [groups, 16]; what is past the last chunk has none."""
+        index = groups[:, None] * _GROUP + np.arange(_GROUP)
+        inside = index < len(self._windows)
+        chunks = self._permutation(np.where(inside, index, 0).reshape(-1)).reshape(index.shape)
+        return chunks, np.where(inside, self._windows[chunks], 0).astype(np.int64)
+
+
+def make_order(
+    shuffle: Shuffle, windows_per_chunk: npt.NDArray[np.integer], key: Key, layouts: Sequence[LayoutChange]
+) -> SourceOrder:
+    """The order of one source.
+
+    Raises:
+        ValueError: no chunk holds a window.
+    """
+    if shuffle == "windows":
+        return WindowShuffle(windows_per_chunk, key)
+    return ChunkInterleave(windows_per_chunk, key, layouts)
+
+
+def _checked_total(num_windows: int) -> int:
+    if not num_windows:
+        raise ValueError("no chunk holds a single window")
+    return num_windows

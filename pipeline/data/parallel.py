@@ -24,6 +24,11 @@ class Counts(NamedTuple):
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    """Of text, decompressed."""
+    input_bytes: int = 0
+    """Of the input files as they lie on the disk."""
+    padding: int = 0
+    """Tokens that packing added."""
 
 
 Report = Callable[[Counts], None]
@@ -35,7 +40,7 @@ def run_tasks(
     """Run `function(task, report)` for every task; yield `(task number, result)` in order of completion.
 
     Args:
-        function: Importable top-level function.
+        function: Importable top-level function, or a picklable object, which each process gets once and keeps.
         tasks: Picklable tasks; started in order.
         workers: Processes; 1 runs in this process.
         report: Called here with the progress that tasks report.

@@ -1,6 +1,6 @@
 """Sources -> token dataset, in four steps that a kill may interrupt anywhere.
 
-    1 read      inputs -> spools of UTF-8 documents        a finished spool is kept
+    1 read      inputs -> spools, duplicates left out      a finished spool is kept
     2 tokenizer copied, or trained on the train split      kept
     3 encode    one task per shard -> DIR/*.tar + index    a finished shard is kept
     4 finish    DIR/dataset.json, spools removed
@@ -10,31 +10,43 @@ guessed: files are renamed when complete, and a shard's index carries the hash o
 same request on a finished dataset does nothing, and on one with missing or truncated shards it makes just those again.
 """
 
+import errno
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TextIO
 
 import numpy as np
 
-from pipeline.data.encode import EncodeSettings, ShardTask, encode_shard, finished_index
+from pipeline.data.corpus import CorpusReader
+from pipeline.data.encode import EncodeSettings, ShardEncoder, ShardTask, finished_index
 from pipeline.data.errors import DataError
-from pipeline.data.manifest import TOKENIZER_NAME, WORK_FOLDER, DatasetManifest, ShardRecord, Split, TokenizerRecord
+from pipeline.data.manifest import (
+    TOKENIZER_NAME,
+    WORK_FOLDER,
+    DatasetManifest,
+    Encoder,
+    PackingRecord,
+    ShardRecord,
+    Split,
+    TokenizerRecord,
+)
 from pipeline.data.options import PrepareOptions
 from pipeline.data.output import finish_work, locked, refuse_other_contents, start_work, up_to_date
 from pipeline.data.parallel import run_tasks
-from pipeline.data.plan import choose_chunk_tokens, choose_shard_tokens, cut_shards, gather_documents, split_and_shuffle
+from pipeline.data.plan import choose_chunk_tokens, choose_shard_tokens, cut_shards, split_and_shuffle
 from pipeline.data.progress import StageProgress
 from pipeline.data.shards import ShardIndex, atomic_write, file_sha256
 from pipeline.data.sources import STDLIB, InputFile, list_inputs
-from pipeline.data.spool import plan_spools, read_documents_at, spool_documents
+from pipeline.data.spool import Omissions, TokenRange, read_documents_at
 from pipeline.data.tokenizer import TextTokenizer, choose_encoder, train_tokenizer
 
 _SAMPLE_DOCUMENTS = 64
 _SAMPLE_BYTES = 2**20
 _SAMPLE_CHARACTERS = 100_000
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -45,8 +57,11 @@ class PrepareResult:
     status: Literal["prepared", "up to date"]
     shards_kept: int
     """Shards that an earlier run had finished."""
-    note: str
+    note: str = ""
     """Why the encoder library was chosen."""
+    omissions: Omissions = field(default_factory=Omissions)
+    padding: int = 0
+    """Tokens that packing added to the shards made in this run."""
 
 
 def default_workers() -> int:
@@ -67,23 +82,40 @@ def prepare(
         stream: Where progress is shown.
 
     Raises:
-        DataError: A source cannot be read, the folder holds something else, or another process prepares there.
+        DataError: A source cannot be read, the folder holds something else, another process prepares there, or the
+            disk is full.
     """
-    options.check_tokenizer()
     inputs = list_inputs(options.sources)
+    options.check(inputs)
     request = options.request(inputs)
     if not overwrite and (manifest := up_to_date(options.output, request)) is not None:
-        return PrepareResult(manifest, "up to date", sum(map(len, manifest.splits.values())), "")
+        return PrepareResult(manifest, "up to date", sum(map(len, manifest.splits.values())))
     if options.output.exists() and not options.output.is_dir():
         raise DataError(f"--output {options.output}: is a file, expected a folder")
     options.output.mkdir(parents=True, exist_ok=True)
     refuse_other_contents(options.output, request, overwrite)
-    with locked(options.output):
-        start_work(options.output, request, overwrite)
-        result = _Preparation(options, inputs, request, workers or default_workers(), stream).run()
-        result.manifest.save(options.output)
-        finish_work(options.output)
+    try:
+        with locked(options.output):
+            start_work(options.output, request, overwrite)
+            result = _Preparation(options, inputs, request, workers or default_workers(), stream).run()
+            result.manifest.save(options.output)
+            finish_work(options.output)
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        raise DataError(
+            f"{options.output}: {error.strerror}; make room (the text once more and the tokens) and run the same "
+            "command again: what is finished is kept"
+        ) from None
     return result
+
+
+def token_range(options: PrepareOptions, inputs: Sequence[InputFile]) -> TokenRange | None:
+    """What the ids of imported tokens may be; None when the inputs hold text."""
+    if options.tokenizer is None or inputs[0].kind != "megatron":
+        return None
+    tokenizer = TextTokenizer(options.tokenizer, eod_token=options.eod_token)
+    return TokenRange(tokenizer.eod_id, tokenizer.vocab_size)
 
 
 class _Preparation:
@@ -99,31 +131,23 @@ class _Preparation:
 
     def run(self) -> PrepareResult:
         options = self._options
-        documents = split_and_shuffle(self._read(), val_share=options.val_share, seed=options.seed)
+        corpus = CorpusReader(
+            options, self._inputs, self._work, self._workers, self._stream, token_range(options, self._inputs)
+        ).read()
+        documents = split_and_shuffle(corpus.documents, val_share=options.val_share, seed=options.seed)
         path, name = self._tokenizer(documents["train"])
-        sample = self._sample(documents["train"])
-        encoder, note = choose_encoder(path, sample, eod_token=options.eod_token)
-        tokenizer = TextTokenizer(path, eod_token=options.eod_token, encoder=encoder)
-        sample_tokens = sum(tokenizer.encode_array(text).size + 1 for text in sample)
-        bytes_per_token = sum(len(text.encode()) for text in sample) / sample_tokens
+        settings, bytes_per_token, note = self._settings(path, documents["train"])
         train_tokens = int(documents["train"]["bytes"].sum()) / bytes_per_token
-        sha256 = file_sha256(path)
-        settings = EncodeSettings(
-            tokenizer=path,
-            tokenizer_sha256=sha256,
-            eod_token=options.eod_token,
-            encoder=encoder,
-            dtype="uint16" if tokenizer.vocab_size <= 2**16 else "uint32",
-            chunk_tokens=options.chunk_tokens or choose_chunk_tokens(train_tokens),
-            spools=self._work,
-        )
         shard_bytes = (options.shard_tokens or choose_shard_tokens(train_tokens)) * bytes_per_token
         tasks = self._plan_shards(documents, settings, shard_bytes)
-        indexes, kept = self._encode(tasks)
+        indexes, kept, padding = self._encode(tasks, settings)
+        tokenizer = TextTokenizer(path, eod_token=options.eod_token)
         manifest = DatasetManifest(
-            tokenizer=TokenizerRecord(sha256=sha256, name=name, encoder=encoder),
+            tokenizer=TokenizerRecord(
+                sha256=settings.tokenizer_sha256, name=name, encoder=settings.encoder or "imported"
+            ),
             vocab_size=tokenizer.vocab_size,
-            dtype="uint16" if settings.dtype == "uint16" else "uint32",
+            dtype=settings.dtype,
             eod_id=tokenizer.eod_id,
             chunk_tokens=settings.chunk_tokens,
             splits=_shard_records(tasks, indexes),
@@ -132,27 +156,37 @@ class _Preparation:
             command=options.command(),
             seed=options.seed,
             request=self._request,
+            dedup=corpus.dedup,
+            packing=PackingRecord(seq_length=options.pack_seq_length) if options.pack_seq_length else None,
         )
-        return PrepareResult(manifest, "prepared", kept, note)
+        return PrepareResult(manifest, "prepared", kept, note, corpus.omissions, padding)
 
-    def _read(self) -> np.ndarray:
-        """Step 1; with a cap, reading stops when the spools finished without a gap hold enough."""
-        cap = self._options.max_megabytes
-        limit = None if cap is None else int(cap * 1e6)
-        tasks = plan_spools(self._inputs, self._work, text_key=self._options.text_key, limit_bytes=limit)
-        spools: dict[int, np.ndarray] = {}
-        complete = complete_bytes = 0
-        plain = all(file.kind != "parquet" and not file.compression for file in self._inputs)
-        total = limit or (sum(file.bytes for file in self._inputs) if plain else None)
-        with StageProgress("read", total_bytes=total, stream=self._stream) as progress:
-            for number, spool in run_tasks(spool_documents, tasks, workers=self._workers, report=progress.update):
-                spools[number] = spool
-                while complete in spools:
-                    complete_bytes += int(spools[complete]["bytes"].sum())
-                    complete += 1
-                if limit is not None and complete_bytes >= limit:
-                    break
-        return gather_documents((spools[i] for i in range(complete)), limit_bytes=limit)
+    def _settings(self, path: Path, train: np.ndarray) -> tuple[EncodeSettings, float, str]:
+        """What all shards have in common, bytes of the spools per token, and why the encoder was chosen."""
+        options = self._options
+        encoder: Encoder | None = None
+        if self._inputs[0].kind == "megatron":
+            num_bytes, note = int(train["bytes"].sum()), "the ids were imported"
+            num_tokens = num_bytes // 4 + len(train)
+            vocab_size = TextTokenizer(path, eod_token=options.eod_token).vocab_size
+        else:
+            sample = self._sample(train)
+            encoder, note = choose_encoder(path, sample, eod_token=options.eod_token)
+            tokenizer = TextTokenizer(path, eod_token=options.eod_token, encoder=encoder)
+            num_tokens = sum(tokenizer.encode_array(text).size + 1 for text in sample)
+            num_bytes, vocab_size = sum(len(text.encode()) for text in sample), tokenizer.vocab_size
+        bytes_per_token = num_bytes / num_tokens
+        settings = EncodeSettings(
+            tokenizer=path,
+            tokenizer_sha256=file_sha256(path),
+            eod_token=options.eod_token,
+            encoder=encoder,
+            dtype="uint16" if vocab_size <= 2**16 else "uint32",
+            chunk_tokens=options.chunk_tokens or choose_chunk_tokens(int(train["bytes"].sum()) / bytes_per_token),
+            spools=self._work,
+            pack_seq_length=options.pack_seq_length,
+        )
+        return settings, bytes_per_token, note
 
     def _tokenizer(self, train: np.ndarray) -> tuple[Path, str]:
         """Step 2: path inside the dataset and name of the tokenizer."""
@@ -172,7 +206,8 @@ class _Preparation:
         before = np.cumsum(documents["bytes"]) - documents["bytes"]
         chosen = documents[before < limit_bytes]
         for start in range(0, len(chosen), 256):
-            yield from read_documents_at(self._work, chosen[start : start + 256])
+            for data in read_documents_at(self._work, chosen[start : start + 256]):
+                yield data.decode()
 
     def _sample(self, train: np.ndarray) -> list[str]:
         """Text on which encoders are compared and bytes per token measured."""
@@ -189,8 +224,8 @@ class _Preparation:
             for number, part in enumerate(cut_shards(places, shard_bytes=shard_bytes))
         ]
 
-    def _encode(self, tasks: Sequence[ShardTask]) -> tuple[list[ShardIndex], int]:
-        """Step 3: indexes of all shards, and how many were there already."""
+    def _encode(self, tasks: Sequence[ShardTask], settings: EncodeSettings) -> tuple[list[ShardIndex], int, int]:
+        """Step 3: indexes of all shards, how many were there already, and the tokens that packing added."""
         indexes = {i: index for i, task in enumerate(tasks) if (index := finished_index(task)) is not None}
         kept = len(indexes)
         if kept:
@@ -199,9 +234,9 @@ class _Preparation:
         total = sum(tasks[i].text_bytes for i in missing)
         with StageProgress("encode", total_bytes=total, stream=self._stream) as progress:
             todo = [tasks[i] for i in missing]
-            for number, index in run_tasks(encode_shard, todo, workers=self._workers, report=progress.update):
+            for number, index in run_tasks(ShardEncoder(settings), todo, workers=self._workers, report=progress.update):
                 indexes[missing[number]] = index
-        return [indexes[i] for i in range(len(tasks))], kept
+        return [indexes[i] for i in range(len(tasks))], kept, progress.done.padding
 
 
 def _shard_records(tasks: Sequence[ShardTask], indexes: Sequence[ShardIndex]) -> dict[Split, tuple[ShardRecord, ...]]:

@@ -16,8 +16,8 @@ from typing import IO, Any, TextIO
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.chunks import open_index
 from pipeline.data.errors import DataError
+from pipeline.data.index import open_index
 from pipeline.data.manifest import DatasetManifest, ShardRecord, load_manifest
 from pipeline.data.parallel import Counts
 from pipeline.data.progress import StageProgress

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from pipeline.data.options import PrepareOptions
 from pipeline.data.output import locked
 from pipeline.data.parallel import Counts, run_tasks
 from pipeline.data.prepare import PrepareResult, prepare
-from pipeline.data.sources import list_inputs, read_documents
+from pipeline.data.progress import StageProgress
+from pipeline.data.readers import read_documents
+from pipeline.data.sources import list_inputs
 from pipeline.data.tokenizer import load_tokenizer
 from tests.data import reading
 
@@ -257,3 +260,30 @@ def test_progress_is_json_lines_without_a_terminal(texts: list[str], tmp_path: P
     records = [record for records in manifest.splits.values() for record in records]
     assert lines[1]["tokens"] == sum(record.tokens for record in records)
     assert lines[1]["bytes"] == lines[1]["total_bytes"]
+
+
+class Terminal(io.StringIO):
+    """A stream that takes itself for a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal(texts: list[str], tmp_path: Path) -> None:
+    stream = Terminal()
+    options = PrepareOptions(output=tmp_path / "out", sources=source(tmp_path), **SMALL)
+    prepare(options, workers=1, stream=stream)
+    shown = stream.getvalue()
+    assert re.search(r"read .*100%.* documents/s", shown)
+    assert re.search(r"encode .*100%.* documents/s +[\d,]+ tokens/s", shown)
+    assert "{" not in shown
+
+
+def test_eta_counts_compressed_bytes_of_the_inputs() -> None:
+    stream = io.StringIO()
+    with StageProgress("read", total_bytes=1000, measure="input_bytes", stream=stream, interval=0) as progress:
+        time.sleep(0.05)
+        progress.update(Counts(documents=5, bytes=9000, input_bytes=250))
+    line = json.loads(stream.getvalue().splitlines()[0])
+    assert line["eta_s"] == pytest.approx(3 * line["seconds"], abs=0.2)
+    assert (line["documents"], line["input_bytes"], line["total_bytes"]) == (5, 250, 1000)

@@ -2,9 +2,12 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
+import random
 import re
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +17,8 @@ import pytest
 import zstandard
 
 from pipeline.data.errors import DataError
-from pipeline.data.sources import InputFile, list_inputs, read_documents
+from pipeline.data.readers import DocumentReader, read_documents
+from pipeline.data.sources import InputFile, list_inputs
 
 TEXTS = ["first\ndocument\n", "", "zweites Dokument: äöü", "第三 \U0001f600\n"]
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -60,6 +64,70 @@ def test_parquet(tmp_path: Path) -> None:
     assert read_all(path, text_key="content") == [*TEXTS, ""]
 
 
+@pytest.mark.parametrize("compression", [".gz", ".xz", ".zst"])
+def test_compressed_parquet(tmp_path: Path, compression: str) -> None:
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "data.parquet")
+    path = tmp_path / f"data.parquet{compression}"
+    path.write_bytes(COMPRESS[compression]((tmp_path / "data.parquet").read_bytes()))
+    assert read_all(path) == TEXTS
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    compression = path.suffix if path.suffix != ".tar" else ""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode="w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    path.write_bytes(COMPRESS[".gz" if compression == ".tgz" else compression](data.getvalue()))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".tar.zst"])
+def test_tar_of_samples(tmp_path: Path, suffix: str) -> None:
+    path = write_tar(
+        tmp_path / f"data{suffix}",
+        {
+            "a/0.json": b'{"title": "metadata, without a field text"}',
+            "a/0.txt": "\ufefferstes\r\nDokument".encode(),
+            "a/1.cls": b"7",
+            "a/1.json": b'{\n  "text": "several lines of JSON"\n}',
+            "a/2.jsonl": b'{"text": "line 1"}\n\n{"text": "line 2"}\n',
+            "a/3.md.gz": gzip.compress(b"# compressed member"),
+            "a/4.jsonl.zst": zstandard.compress(b'{"text": "line 3"}\n'),
+            "a/.hidden.txt": b"no",
+            "b/0.txt": b"last",
+        },
+    )
+    assert read_all(path) == [
+        "erstes\nDokument", "several lines of JSON", "line 1", "line 2", "# compressed member", "line 3", "last",
+    ]  # fmt: skip
+
+
+def test_tar_written_by_webdataset(tmp_path: Path) -> None:
+    webdataset = pytest.importorskip("webdataset")
+    with webdataset.TarWriter(str(tmp_path / "data.tar")) as writer:
+        for number, text in enumerate(TEXTS):
+            writer.write({"__key__": f"{number:06d}", "txt": text, "json": {"id": number}})
+    assert read_all(tmp_path / "data.tar") == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"0.json": b'{"body": "x"}'}, "member 0.json: no field 'text' (fields: body)"),
+        ({"0.jsonl": b'{"text": "x"}\n{'}, "member 0.jsonl:2: expected one JSON object per line"),
+        ({"0.txt": b"a\nb\xff"}, "member 0.txt:2: byte 3 is not valid utf-8"),
+        ({"0.txt.gz": gzip.compress(b"x" * 99)[:-9]}, "member 0.txt.gz: damaged compressed file"),
+        ({"0.npy": b"x", "0.cls": b"1"}, "no member is .txt .md .rst .py .json .jsonl; it holds .cls .npy"),
+    ],
+)
+def test_mistakes_in_tars_name_the_member(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
+    path = write_tar(tmp_path / "data.tar", members)
+    assert mistake(path).startswith(f"{path}: {message}")
+
+
 def test_zstd_with_several_frames_and_large_text(tmp_path: Path) -> None:
     text = "".join(f"{i} " for i in range(400_000))
     half = len(text) // 2
@@ -81,6 +149,29 @@ def test_folder_and_glob_in_a_fixed_order(tmp_path: Path) -> None:
     assert folder != [str(i) for i in range(30)]
     assert read_all(f"{tmp_path}/d1/*.txt") == sorted(str(i) for i in range(1, 30, 3))
     assert read_all(tmp_path, tmp_path / "d0") == folder, "a file given twice counts once"
+
+
+def test_glob_that_matches_folders_and_links_to_folders(tmp_path: Path) -> None:
+    for name in ("2023-a", "2024-a", "2024-b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "x.txt").write_text(name)
+    assert sorted(read_all(f"{tmp_path}/data/2024-*")) == ["2024-a", "2024-b"]
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "to").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
+    assert sorted(read_all(tmp_path / "linked")) == ["2023-a", "2024-a", "2024-b"]
+
+
+def test_bytes_read_follow_the_compressed_file(tmp_path: Path) -> None:
+    numbers = random.Random(0)
+    lines = "".join(json.dumps({"text": str(numbers.random())}) + "\n" for _ in range(200_000))
+    path = tmp_path / "data.jsonl.gz"
+    path.write_bytes(gzip.compress(lines.encode()))
+    (file,) = list_inputs([str(path)])
+    reader = DocumentReader(file)
+    seen = [reader.bytes_read for number, _ in enumerate(reader) if number % 1000 == 999]
+    assert seen[-1] == file.bytes
+    assert 0 < seen[0] < file.bytes
 
 
 def test_standard_library() -> None:

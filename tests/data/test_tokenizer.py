@@ -10,7 +10,8 @@ from tokenizers import Regex as TokenizersRegex
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from pipeline.data.errors import DataError
-from pipeline.data.sources import list_inputs, read_documents
+from pipeline.data.readers import read_documents
+from pipeline.data.sources import list_inputs
 from pipeline.data.tokenizer import (
     TextTokenizer,
     UnsupportedTokenizerError,

@@ -17,14 +17,28 @@ if __name__ == "__main__":  # megatron-core may be imported only after this
     CPU = uses_cpu(next(iter(CASES.values()))["run"]["device"])
     install(cpu=CPU)
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
 from pipeline.config import Config
+from pipeline.data.phases import resolve_phases
 from pipeline.learner import Learner
 from pipeline.world import current_world, initialize_layout
 from tests.testing import TextWindows
+
+
+class PhasedText:
+    """Text whose windows are as long as the phase of the samples asks."""
+
+    def __init__(self, config: Config, text: Path | None) -> None:
+        self._phases = resolve_phases(config)
+        self._texts = {phase.seq_length: TextWindows(phase.seq_length, text) for phase in self._phases.all}
+
+    def windows(self, samples: list[int]) -> np.ndarray:
+        """int64 [len(samples), seq_length + 1]."""
+        return self._texts[self._phases.at(samples[0]).seq_length].windows(samples)
 
 
 def trajectory(config: Config, text: Path | None) -> dict[str, list[float]]:
@@ -32,8 +46,10 @@ def trajectory(config: Config, text: Path | None) -> dict[str, list[float]]:
     initialize_layout(config)
     try:
         data = TextWindows(config.training.seq_length, text)
-        learner = Learner(config, current_world(config), data, vocab_size=256)
+        train = PhasedText(config, text) if config.data.phases else data
+        learner = Learner(config, current_world(config), train, vocab_size=256, eod_id=ord("\n"))
         results = [learner.step(step) for step in range(config.training.steps)]
+        learner.close()
         return {
             "loss": [result.loss for result in results],
             "grad_norm": [result.grad_norm for result in results],

@@ -11,8 +11,13 @@ from kernels import fused, fused_backward, reference
 from kernels.fused import Activation
 
 SIZES = [(3, 63), (2, 100), (2, 1000), (5, 256), (1, 1), (1, 2048)]
+LONG = [(64, 4096), (33, 11008), (300, 14336), (3, 16384)]
 KINDS = ["normal", "heavy", "zero", "constant"]
 Round = Callable[[Tensor], Tensor]
+
+
+def sizes(device: str) -> list[tuple[int, int]]:
+    return SIZES + (LONG if device == "cuda" else [])
 
 
 def rows(kind: str, tokens: int, features: int, device: str, seed: int = 0) -> Tensor:
@@ -69,7 +74,7 @@ def sparse_codes(x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor
 @pytest.mark.parametrize("kind", [*KINDS, "infinite"])
 @pytest.mark.parametrize("activation", ["relu2", "relu2_glu"])
 def test_squared_relu_is_the_chain_bit_for_bit(kind: str, activation: Activation, device: str, to_bf16: Round) -> None:
-    for tokens, features in SIZES:
+    for tokens, features in sizes(device):
         x = rows(kind, tokens, features * halves(activation), device)
         if kind == "infinite":
             x[0, 0] = torch.inf
@@ -98,20 +103,21 @@ def test_the_reference_chain_is_torchs_in_bf16(device: str) -> None:
 def test_norm_differs_from_the_chain_by_single_roundings(
     kind: str, activation: Activation | None, gain_dtype: torch.dtype, device: str, to_bf16: Round
 ) -> None:
-    for tokens, features in SIZES:
+    for tokens, features in sizes(device):
         x = rows(kind, tokens, features * halves(activation), device)
         gain = gain_of(features, device, gain_dtype)
         got = fused.sparsify(x, None, activation=activation, gain=gain, eps=1e-6)
         want, rstd = layer_input(x, activation, gain, 1e-6, to_bf16)
         assert got.rstd is not None and rstd is not None
-        loose = 2**-8 if activation == "swiglu" else 2**-20  # exp of another library, then two bf16 roundings
+        loose = 2**-8 if activation == "swiglu" else 2**-18  # exp of another library, then two bf16 roundings
         torch.testing.assert_close(got.rstd, rstd, rtol=loose, atol=0)
         codes, scale = sparse_codes(want, None, None)
         torch.testing.assert_close(got.scale, scale, rtol=2**-7, atol=0)  # one bf16 step of the largest element
         moved = (got.codes.int() - codes.int()).abs()
-        assert moved.max() <= 1
-        same_scale = (got.scale == scale).flatten()
-        assert moved[same_scale].count_nonzero() <= 0.01 * moved[same_scale].numel() + 1
+        same = moved[(got.scale == scale).flatten()]
+        assert moved.max() <= 2  # half a code for x and one for the scale
+        assert same.numel() == 0 or same.max() <= 1
+        assert same.count_nonzero() <= 1e-3 * same.numel() + 1
 
 
 @pytest.mark.parametrize("activation", [None, "relu2_glu"])
@@ -157,14 +163,14 @@ def reference_gradients(
     [(None, True), ("relu2", False), ("relu2", True), ("relu2_glu", False), ("relu2_glu", True), ("swiglu", True)],
 )
 def test_gradients(kind: str, activation: Activation | None, norm: bool, device: str) -> None:
-    for tokens, features in SIZES:
+    for tokens, features in sizes(device):
         x = rows(kind, tokens, features * halves(activation), device)
         grad = rows("normal", tokens, features, device, seed=7)
         gain = gain_of(features, device) if norm else None
         rstd = fused.sparsify(x, None, activation=activation, gain=gain).rstd
         dx, dgain = fused_backward.backward(grad, x, activation=activation, gain=gain, rstd=rstd)
         want, want_gain = reference_gradients(grad, x, activation, gain, 1e-5)
-        bound = 2**-7 * want.abs() + 1e-38  # the one rounding; to nearest it is half of that
+        bound = 2**-7 * want.abs() + 1e-30  # the one rounding; half of that if to nearest; exp overflows
         if gain is not None and rstd is not None:
             bound += _cancellation(grad, x, activation, gain, rstd)
         assert ((dx.double() - want).abs() <= bound).all()
@@ -193,8 +199,9 @@ def test_gain_gradient_sums_over_programs_and_is_deterministic(device: str) -> N
     x, grad = rows("normal", tokens, 96, device), rows("normal", tokens, 96, device, seed=1)
     gain = gain_of(96, device, torch.bfloat16)
     rstd = fused.sparsify(x, None, gain=gain).rstd
-    dx, dgain = fused_backward.backward(grad, x, gain=gain, rstd=rstd)
-    again = fused_backward.backward(grad, x, gain=gain, rstd=rstd)
+    launch = fused_backward.NormLaunch(num_warps=1, programs=2, registers=None)  # several rows per program
+    dx, dgain = fused_backward.backward(grad, x, gain=gain, rstd=rstd, launch=launch)
+    again = fused_backward.backward(grad, x, gain=gain, rstd=rstd, launch=launch)
     assert dgain is not None and again[1] is not None
     assert dgain.dtype == torch.bfloat16
     assert torch.equal(dx, again[0]) and torch.equal(dgain, again[1])

@@ -34,7 +34,7 @@ def qsparse(tmp_path):
     [
         (
             ["--help"],
-            ["train", "generate", "evaluate", "config", "data", "report", "mlflow", "track", "doctor", "configs/"],
+            ["train", "generate", "evaluate", "config", "data", "report", "compare", "mlflow", "track", "doctor"],
         ),
         (["train", "--help"], ["CONFIG", "KEY=VALUE", "--nproc", "examples:"]),
         (["generate", "--help"], ["RUN_DIR", "--prompt", "--tokens", "example:"]),
@@ -43,9 +43,17 @@ def qsparse(tmp_path):
         (["data", "--help"], ["prepare"]),
         (["data", "prepare", "--help"], ["--source", "--output"]),
         (["mlflow", "--help"], ["--root", "--port", "example:"]),
-        (["report", "--help"], ["RUN_DIR", "--output", "examples:"]),
+        (["report", "--help"], ["RUN_DIR", "example:"]),
+        (["compare", "--help"], ["RUN", "--where", "--search", "--output", "examples:"]),
         (["track", "--help"], ["sync"]),
-        (["track", "sync", "--help"], ["RUN_DIR", "example:"]),
+        (["launch", "--help"], ["local", "torchrun", "slurm", "examples:"]),
+        (["launch", "slurm", "--help"], ["--nodes", "--cluster", "--sweep", "--dry-run", "--template", "--preflight"]),
+        (["launch", "torchrun", "--help"], ["--nnodes", "--node-rank", "--rdzv-endpoint"]),
+        (["status", "--help"], ["RUN", "preempted", "examples:"]),
+        (["logs", "--help"], ["--follow"]),
+        (["cancel", "--help"], ["--now"]),
+        (["preflight", "--help"], ["--nproc", "--folder", "Exit code 5", "srun"]),
+        (["track", "sync", "--help"], ["RUN_DIR", "examples:"]),
     ],
 )
 def test_help(qsparse, arguments, expected):
@@ -75,9 +83,26 @@ def test_help(qsparse, arguments, expected):
             "qsparse: runs/x is not the directory of a run: it has no config.yaml",
         ),
         (["evaluate", "runs/x"], "qsparse: runs/x is not the directory of a run: it has no config.yaml"),
+        (
+            ["launch", "slurm", "good.yaml", "--cluster", "none"],
+            "neither none nor configs/clusters/none.yaml is a file",
+        ),
+        (["launch", "slurm", "good.yaml", "--time", "soon"], "option --time: time: string should match pattern"),
+        (
+            ["launch", "slurm", "good.yaml", "parallel.tp=8", "parallel.pp=2"],
+            "1 node of 8 ranks: 8 processes are not a multiple of parallel.tp=8 * parallel.pp=2",
+        ),
+        (["launch", "slurm", "good.yaml", "--nodes", "0"], "1 <= min-nodes <= nodes is expected"),
+        (["launch", "slurm", "good.yaml", "--sweep", "run.seed"], "KEY=VALUE,VALUE... is expected"),
+        (["launch", "slurm", "good.yaml", "--bogus"], "unrecognized option '--bogus'"),
+        (["launch", "torchrun", "good.yaml", "--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
+        (["status", "nothing"], "there is no run 'nothing', neither here nor in runs"),
+        (["logs", "nothing"], "there is no run 'nothing'"),
+        (["cancel", "nothing"], "there is no run 'nothing'"),
+        (["preflight", "--nproc", "0"], "--nproc 0: at least one rank per node is needed"),
         (["mlflow"], "qsparse: --root runs has no mlflow.db: no run has been logged there"),
         (["report", "runs/x"], "qsparse: runs/x is not a run directory: it has no metrics.jsonl"),
-        (["report", ".", "--output", "x.png"], "qsparse: --output is for comparing several runs"),
+        (["compare", "a", "b"], "there is no run 'a': --root runs has no runs"),
         (["config", "diff", "bad.yaml"], "bad.yaml:2: model.num_layers: input should be greater than 0 (got 0)"),
     ],
 )
@@ -131,23 +156,14 @@ def test_config_schema(qsparse, tmp_path):
     assert (tmp_path / "schema.json").read_text() == printed
 
 
-def test_report_of_one_run_and_of_two(qsparse, tmp_path):
-    for name, loss in (("a", 2.0), ("b", 1.0)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.yaml").write_text(f"run: {{name: {name}}}\noptimizer: {{lr: {loss}}}\n")
-        records = [{"step": step, "time_ms": 0, "train/loss": loss / step, "train/lr": 0.1} for step in (1, 2)]
-        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+def test_report_of_a_run(qsparse, tmp_path):
+    (tmp_path / "a").mkdir()
+    records = [{"step": step, "time_ms": 0, "train/loss": 2.0 / step, "train/lr": 0.1} for step in (1, 2)]
+    (tmp_path / "a" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     one = qsparse("report", "a")
     assert (one.returncode, one.stderr) == (0, "")
     assert one.stdout.startswith("a/figures/loss.png\na/figures/schedule.png\n\n| run |")
     assert "| a | 2 | - | 1.0000 |" in one.stdout
-    two = qsparse("report", "a", "b", "--output", "out/both.png")
-    assert (two.returncode, two.stderr) == (0, "")
-    assert two.stdout.endswith((tmp_path / "out" / "both.md").read_text())
-    assert "| `optimizer.lr` | 2.0 | 1.0 |" in two.stdout
-    assert (tmp_path / "out" / "both.png").stat().st_size > 10_000
-    qsparse("report", "a", "b")
-    assert (tmp_path / "compare.png").is_file()
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path):

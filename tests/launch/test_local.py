@@ -12,8 +12,7 @@ import pytest
 
 from launch import run_commands
 from launch.cli import build_parser, main
-from launch.local import inside_torchrun, rank_environment, run_until_done, torchrun_command
-from pipeline.config import Config, RunConfig
+from launch.local import Rendezvous, inside_torchrun, rank_environment, run_until_done, torchrun_command
 from pipeline.config_loader import dump_config, load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,13 +25,44 @@ def test_torchrun_command():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("rendezvous", "expected"),
+    [
+        (
+            Rendezvous(2, "n1:29500", node_rank=1),
+            ["--nnodes=2", "--node-rank=1", "--master-addr=n1", "--master-port=29500"],
+        ),
+        (
+            Rendezvous(4, "10.0.0.1:5", job="a"),
+            ["--nnodes=4", "--rdzv-backend=c10d", "--rdzv-endpoint=10.0.0.1:5", "--rdzv-id=a"],
+        ),
+    ],
+)
+def test_torchrun_command_of_one_node_of_several(rendezvous, expected):
+    command = torchrun_command("pipeline.train", ["a.yaml"], 8, rendezvous)
+    assert command[3:] == [*expected, "--nproc-per-node=8", "--module", "pipeline.train", "a.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("rendezvous", "message"),
+    [
+        (Rendezvous(2, "n1"), "--rdzv-endpoint n1: HOST:PORT of the first node is expected, e.g. n1:29500"),
+        (Rendezvous(2, "n1:x"), "--rdzv-endpoint n1:x: HOST:PORT"),
+        (Rendezvous(2, "n1:1", node_rank=2), "--node-rank 2 must be between 0 and --nnodes 2 - 1"),
+    ],
+)
+def test_wrong_rendezvous(rendezvous, message):
+    with pytest.raises(ValueError, match=message):
+        rendezvous.options()
+
+
 def test_rank_environment_keeps_what_the_user_set():
-    config = Config(run=RunConfig(threads=3))
-    environment = rank_environment(config, {"OMP_NUM_THREADS": "9", "CUDA_DEVICE_MAX_CONNECTIONS": "8", "HOME": "/h"})
+    environment = rank_environment(3, {"OMP_NUM_THREADS": "9", "CUDA_DEVICE_MAX_CONNECTIONS": "8", "HOME": "/h"})
     assert environment == {
         "OMP_NUM_THREADS": "3",
         "CUDA_DEVICE_MAX_CONNECTIONS": "8",
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600",
+        "TORCH_FR_BUFFER_SIZE": "2000",
         "HOME": "/h",
     }
 
@@ -47,8 +77,8 @@ def started(monkeypatch):
     """What the commands would start, as (module, arguments, number of processes)."""
     calls = []
 
-    def record(module, arguments, config, num_processes):
-        calls.append((module, list(arguments), num_processes))
+    def record(module, arguments, config, num_processes, rendezvous=None):
+        calls.append((module, list(arguments), num_processes, *([rendezvous] if rendezvous else [])))
         return 7
 
     monkeypatch.setattr(run_commands, "run_local", record)
@@ -68,6 +98,28 @@ def test_train_takes_overrides_before_and_after_options(started, tmp_path):
     path.write_text("")
     assert main(["train", str(path), "run.seed=1", "--nproc", "2", "parallel.tp=2", "run.name=x"]) == 7
     assert started == [("pipeline.train", [str(path), "run.seed=1", "parallel.tp=2", "run.name=x"], 2)]
+
+
+def test_launch_local_is_train(started, tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("")
+    assert main(["launch", "local", str(path), "run.seed=1", "--nproc", "2", "parallel.tp=2"]) == 7
+    assert started == [("pipeline.train", [str(path), "run.seed=1", "parallel.tp=2"], 2)]
+
+
+def test_launch_torchrun_starts_one_node(started, tmp_path, monkeypatch):
+    path = tmp_path / "a.yaml"
+    path.write_text("parallel: {tp: 2, dp: 2}\n")
+    command = ["launch", "torchrun", str(path), "--rdzv-endpoint", "n1:29500"]
+    assert main([*command, "--nnodes", "2", "--node-rank", "1"]) == 7
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_NNODES", "4")
+    monkeypatch.setenv("SLURM_NODEID", "3")
+    assert main(command) == 7
+    assert started == [
+        ("pipeline.train", [str(path)], 2, Rendezvous(2, "n1:29500", 1)),
+        ("pipeline.train", [str(path)], 1, Rendezvous(4, "n1:29500", 3)),
+    ]
 
 
 def test_generate_and_evaluate_take_the_layout_of_the_run(started, tmp_path):
@@ -97,7 +149,8 @@ def test_inside_torchrun_train_becomes_the_rank(monkeypatch, tmp_path):
     "command",
     ["train a", "generate a --prompt b", "evaluate a", "config show", "config check a", "config diff a",
      "config schema", "data prepare --output a", "data info a", "data verify a", "report a b", "mlflow",
-     "track sync a", "doctor"],
+     "track sync a", "doctor", "launch local a", "launch torchrun a", "launch slurm a", "status a", "logs a",
+     "cancel a", "preflight"],
 )  # fmt: skip
 def test_every_command_sets_run(command):
     assert callable(build_parser().parse_args(command.split()).run)
@@ -177,7 +230,7 @@ def test_torchrun_itself_starts_ranks_and_passes_their_exit_code(tmp_path, code)
     (tmp_path / "rank.py").write_text(
         f"import os, sys; print(os.environ['WORLD_SIZE'], sys.argv[1:]); sys.exit({code})\n"
     )
-    environment = rank_environment(Config(), {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    environment = rank_environment(1, {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     result = subprocess.run(
         torchrun_command("rank", ["a=b"], 1), env=environment, text=True, capture_output=True, timeout=120
     )

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from pipeline.data.loader import WindowDataset
-from pipeline.data.manifest import load_manifest
+from pipeline.data.loader import WindowDataset, open_windows
 from tests.resume.recipe import RunFiles, write_config
 from tests.testing import torchrun
 
@@ -83,9 +83,13 @@ class Launcher:
 def starts(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Starts:
     folder = tmp_path_factory.mktemp("resume")
     launcher = Launcher(folder, dataset)
+    skip = ("data.bad_shard=skip", f"data.path={_damaged(dataset, folder / 'skip-data', _corrupt_two_chunks)}")
+    launcher.add("skip", *FP64, *skip)
     _one_process(launcher, folder)
     launcher.launch(1)
     _two_processes(launcher, dataset, folder)
+    launcher.add("skip-dp2", *FP64, *skip, kill=("skip", 2))
+    launcher.add("skip-pp2", *FP64, *skip, *PP, "data.prefetch_threads=0", kill=("skip", 6))
     launcher.launch(2)
     launcher.add("dense-tp2-dp2", *DENSE, *ZERO, *TP)
     launcher.launch(4)
@@ -191,16 +195,27 @@ def _truncate(dataset: Path) -> None:
 
 def _corrupt_for_rank_1(dataset: Path) -> None:
     """Flip a token in a chunk that rank 1 of 2 reads in step 2 and nobody before or beside it."""
-    data = WindowDataset(dataset, "train", seq_length=32, seed=0)
-    chunk = data._order.locate(range(16)).chunk.tolist()
+    data = open_windows(dataset, "train", seq_length=32, seed=0)
+    chunk = data._orders[0, 0].locate(np.arange(16)).chunk.tolist()
     mine = [14, 15]  # second microbatch of rank 1 in step 2
     target = next(chunk[i] for i in mine if chunk[i] not in [c for j, c in enumerate(chunk) if j not in mine])
-    reader = data._reader
-    shard = load_manifest(dataset).splits["train"][reader._shard_of(target)].name
-    with (dataset / shard).open("r+b") as file:
-        file.seek(reader._offsets[target])
+    _flip(dataset, data, target)
+
+
+def _corrupt_two_chunks(dataset: Path) -> None:
+    """Flip tokens in the chunks of the first sample and of one of step 6."""
+    data = open_windows(dataset, "train", seq_length=32, seed=0)
+    chunks = data._orders[0, 0].locate(np.arange(64)).chunk.tolist()
+    for target in (chunks[0], next(chunk for chunk in chunks[40:48] if chunk not in chunks[:40])):
+        _flip(dataset, data, target)
+
+
+def _flip(dataset: Path, data: WindowDataset, chunk: int) -> None:
+    extent = data._sources[0].reader.extent(chunk)
+    with (dataset / extent.shard).open("r+b") as file:
+        file.seek(extent.begin)
         byte = file.read(1)
-        file.seek(reader._offsets[target])
+        file.seek(extent.begin)
         file.write(bytes([byte[0] ^ 1]))
 
 

@@ -29,6 +29,7 @@ EXACT = 1e-12
         ("vpp-plain", "vpp", 4, EXACT),
         ("dense-tp2-dp2-one", "dense-tp2-dp2", 4, 1e-6),
         ("moe-resumed", "moe", 4, EXACT),
+        ("moe-one", "moe", 4, EXACT),
     ],
 )
 def test_the_continuation_is_that_of_the_uninterrupted_run(

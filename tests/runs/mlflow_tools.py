@@ -5,10 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ from pipeline.config import Config
 from pipeline.config_loader import dump_config
 from pipeline.metrics import MetricsLog
 from pipeline.run_directory import RunDirectory
-from pipeline.tracking import MLflowTracker, make_tracker
+from pipeline.mlflow_run import RunDescription
+from pipeline.mlflow_tracker import MLflowTracker
+from pipeline.tracking import make_tracker
 
 
 def make_config(root: Path, name: str = "run", **tracking: Any) -> Config:
@@ -28,6 +32,7 @@ class Incarnation:
     """One start of a run, as the trainer does it: directory, rewound metrics.jsonl, tracker."""
 
     def __init__(self, config: Config, *, resume_step: int = 0, uri: str | None = None, flush_s: float = 0.05) -> None:
+        """With `uri`: no params and tags, so that little is sent; without it, as the trainer does it."""
         self.directory = RunDirectory(config.run.root / config.run.name)
         self.directory.create(dump_config(config))
         self.log = MetricsLog(self.directory.metrics)
@@ -37,7 +42,8 @@ class Incarnation:
             assert isinstance(tracker, MLflowTracker)
             self.tracker = tracker
         else:
-            self.tracker = MLflowTracker(uri, "qsparse", config.run.name, self.directory, {}, {}, flush_s=flush_s)
+            description = RunDescription(uri, "qsparse", config.run.name, {}, {}, config.tracking.parent)
+            self.tracker = MLflowTracker(description, self.directory, flush_s=flush_s)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log as the trainer does: the file first, then the tracker with the file's time."""
@@ -107,6 +113,52 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+class Proxy:
+    """A TCP proxy in front of a server that is slow, or loses every n-th reply after the server has acted.
+
+    Args:
+        port: Port of the server.
+        delay_s: Seconds that every request waits.
+        lose_every: Of so many replies one is lost; 0: none.
+    """
+
+    def __init__(self, port: int, *, delay_s: float = 0.0, lose_every: int = 0) -> None:
+        self._upstream, self._delay_s, self._lose_every = port, delay_s, lose_every
+        self.lost = self._replies = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self._listener.close()
+
+    def _accept(self) -> None:
+        with suppress(OSError):  # closed
+            while True:
+                client, _ = self._listener.accept()
+                server = socket.create_connection(("127.0.0.1", self._upstream))
+                threading.Thread(target=self._requests, args=(client, server), daemon=True).start()
+                threading.Thread(target=self._answer, args=(server, client), daemon=True).start()
+
+    def _requests(self, client: socket.socket, server: socket.socket) -> None:
+        with suppress(OSError):
+            while data := client.recv(1 << 16):
+                time.sleep(self._delay_s)
+                server.sendall(data)
+            server.shutdown(socket.SHUT_WR)
+
+    def _answer(self, server: socket.socket, client: socket.socket) -> None:
+        with suppress(OSError), client, server:
+            while data := server.recv(1 << 16):
+                self._replies += data.startswith(b"HTTP/")
+                if self._lose_every and data.startswith(b"HTTP/") and self._replies % self._lose_every == 0:
+                    self.lost += 1
+                    client.shutdown(socket.SHUT_RDWR)
+                    return
+                client.sendall(data)
 
 
 def wait_until(condition: Any, timeout_s: float, what: str) -> None:

@@ -6,13 +6,12 @@ import pytest
 from matplotlib.image import imread
 
 from pipeline.figures import (
-    compare_runs,
     curves_figure,
-    differences_table,
     layer_grid,
     layers_figure,
     loss_figure,
     plot_run,
+    results_table,
 )
 from pipeline.metrics import MetricsLog, read_metrics
 
@@ -38,7 +37,7 @@ def write_run(folder: Path, *, scale: float = 1.0, config: str = "a: 1\n", layer
 
 
 def test_loss_figure_draws_the_logged_values_over_both_axes(tmp_path: Path) -> None:
-    figure = loss_figure({"": read_metrics(write_run(tmp_path / "run") / "metrics.jsonl")})
+    figure = loss_figure(read_metrics(write_run(tmp_path / "run") / "metrics.jsonl"))
     assert figure is not None
     by_step, by_token = figure.axes
     train, val = by_step.lines
@@ -109,45 +108,8 @@ def test_plot_run_of_an_empty_file_is_an_error(tmp_path: Path) -> None:
         plot_run(tmp_path / "metrics.jsonl", tmp_path)
 
 
-def test_compare_runs_tabulates_results_and_differences(tmp_path: Path) -> None:
-    qsparse = write_run(tmp_path / "qsparse", config="run: {name: q}\nmodel: {sparsity: 0.4, time: 12:00:00}\n")
-    dense = write_run(tmp_path / "dense", scale=2.0, layers=False, config="run: {name: d}\nmodel: {time: 12:00:00}\n")
-    output = tmp_path / "out" / "compare.png"
-    markdown = compare_runs([qsparse, dense], output)
-    assert output.with_suffix(".md").read_text() == markdown and imread(output).std() > 0.02
-    mean = (8 / 190 + 8 / 200) / 2
-    perplexity = math.exp(0.045)
+def test_results_table(tmp_path: Path) -> None:
+    records = read_metrics(write_run(tmp_path / "qsparse") / "metrics.jsonl")
+    mean, perplexity = (8 / 190 + 8 / 200) / 2, math.exp(0.045)
     row = f"| qsparse | 200 | 819,200 | {mean:.4f} | 0.0450 | {perplexity:.2f} | 1,105 | 25.0% | 30.0% |"
-    assert row in markdown.splitlines()
-    assert f"| dense | 200 | 819,200 | {2 * mean:.4f} | 0.0900 | 1.09 | 1,105 | - | - |" in markdown.splitlines()
-    assert "| `model.sparsity` | 0.4 | - |" in markdown.splitlines()
-    assert "time" not in markdown.partition("zeros in w: zeros")[2]
-
-
-def test_compare_runs_overlays_every_run(tmp_path: Path) -> None:
-    runs = {
-        name: read_metrics(write_run(tmp_path / name, scale=s) / "metrics.jsonl")
-        for name, s in (("a", 1.0), ("b", 3.0))
-    }
-    figure = loss_figure(runs)
-    assert figure is not None
-    legend = figure.axes[0].get_legend()
-    assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["a train", "a val", "b train", "b val"]
-    a, _, b, _ = figure.axes[0].lines
-    np.testing.assert_allclose(np.asarray(b.get_ydata()), 3 * np.asarray(a.get_ydata()))
-
-
-def test_compare_runs_names_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"nothing is not a run directory: it has no metrics.jsonl"):
-        compare_runs([tmp_path / "nothing"], tmp_path / "x.png")
-    write_run(tmp_path / "one" / "run")
-    write_run(tmp_path / "two" / "run")
-    with pytest.raises(ValueError, match="two runs are called 'run'"):
-        compare_runs([tmp_path / "one" / "run", tmp_path / "two" / "run"], tmp_path / "x.png")
-
-
-def test_equal_configurations_are_said_to_be_equal() -> None:
-    assert (
-        differences_table({"a": {"x": "1"}, "b": {"x": "1", "run.name": "b"}}) == "The configurations are the same.\n"
-    )
+    assert row in results_table("qsparse", records).splitlines()

@@ -109,6 +109,8 @@ def test_the_documentation_has_the_table_as_it_is() -> None:
     documented = [
         line
         for line in text.splitlines()
-        if line.startswith(("| `train/", "| `val/", "| `perf/", "| `mem/", "| `qsparse/", "| `layer_"))
+        if line.startswith(
+            ("| `train/", "| `val/", "| `data/", "| `perf/", "| `mem/", "| `qsparse/", "| `layer_", "| `system/")
+        )
     ]
     assert documented == [f"| `{info.name}` | {info.unit} | {info.meaning} |" for info in METRICS]

@@ -1,18 +1,25 @@
+import json
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import Config
 from pipeline.config_loader import dump_config
-from pipeline.metrics import MetricsLog, read_metrics, series
-from pipeline.mlflow_run import RunDescription, clean_name, points_of
+from pipeline.metrics import MetricsLog, metric_info, read_metrics, series
+from pipeline.mlflow_points import clean_name, points_of
+from pipeline.mlflow_run import RunDescription
 from pipeline.run_directory import RunDirectory
-from pipeline.tracking import NullTracker, flatten_config, make_tracker, replay, resolve_uri
-from tests.runs.mlflow_tools import Incarnation, fetch_run, history, make_config, run_id
+from pipeline.system_metrics import SystemMetrics
+from pipeline.track_sync import end_status, replay
+from pipeline.tracking import NullTracker, flatten_config, make_tracker, resolve_uri
+from tests.runs.mlflow_tools import Incarnation, fetch_run, history, make_config, run_id, wait_until
 from tests.testing import ROOT
 
 pytest.importorskip("mlflow")
@@ -63,12 +70,19 @@ def test_a_run_arrives_whole(tmp_path: Path) -> None:
     assert run.tracker.wait_ready(60)
     run.directory.sample(20).parent.mkdir(exist_ok=True)
     run.directory.sample(20).write_text("def f")
+    checkpoint = run.directory.checkpoints / "step-00000020"
+    checkpoint.mkdir()
+    (checkpoint / "meta.json").write_text("{}")
+    (checkpoint / "weights").write_bytes(bytes(1000))
+    (run.directory.checkpoints / "step-00000010").mkdir()  # not complete
     for step in range(1, 21):
-        run.record(step, {"train/loss": 1.0 / step, "layer_sparsity/decoder.layers.0.mlp.linear_fc1": 0.5})
+        layer = {"layer_sparsity/decoder.layers.0.mlp.linear_fc1": 0.5}
+        run.record(step, {"train/loss": 1.0 / step, "train/tokens": 4096.0 * step, **layer})
     assert run.tracker.close() == 0
     assert run.tracker.close("FAILED") == 0
 
     assert history(store(tmp_path), run.directory, "train/loss") == [(s, 1.0 / s) for s in range(1, 21)]
+    assert history(store(tmp_path), run.directory, "tokens/train_loss") == [(s * 4096, 1.0 / s) for s in range(1, 21)]
     assert len(history(store(tmp_path), run.directory, "layer_sparsity/decoder.layers.0.mlp.linear_fc1")) == 20
     found = fetch_run(store(tmp_path), run.directory)
     assert (found.info.status, found.info.run_name) == ("FINISHED", "whole")
@@ -80,6 +94,8 @@ def test_a_run_arrives_whole(tmp_path: Path) -> None:
     (artifacts,) = (tmp_path / "mlartifacts").glob("*/artifacts")
     assert (artifacts / "config.yaml").read_text() == run.directory.config.read_text()
     assert (artifacts / "samples" / "step-00000020.txt").read_text() == "def f"
+    reference = {"step": 20, "path": str(checkpoint), "bytes": 1002}
+    assert json.loads((artifacts / "checkpoints.json").read_text()) == [reference]
 
 
 def test_the_times_of_file_and_store_are_the_same(tmp_path: Path) -> None:
@@ -146,7 +162,7 @@ def test_a_killed_run_is_continued_without_a_step_twice(tmp_path: Path) -> None:
     assert found.data.params["tracking.log_interval"] == "10", "params cannot change in MLflow"
     assert found.data.tags["changed.tracking.log_interval"] == "5"
     (artifacts,) = (tmp_path / "mlartifacts").glob("*/artifacts")
-    assert sorted(file.name for file in artifacts.iterdir()) == ["config.1.yaml", "config.yaml"]
+    assert sorted(file.name for file in artifacts.iterdir()) == ["checkpoints.json", "config.1.yaml", "config.yaml"]
 
 
 def test_what_an_earlier_start_could_not_deliver_is_delivered_by_the_next(tmp_path: Path) -> None:
@@ -175,20 +191,6 @@ def test_a_run_id_of_another_store_gives_a_run_in_this_one(tmp_path: Path) -> No
     assert history(other, moved.directory, "train/loss") == [(1, 1.0), (2, 2.0)]
 
 
-def test_two_runs_that_start_together_share_a_fresh_store(tmp_path: Path) -> None:
-    program = (
-        "import sys; from pathlib import Path; from tests.runs.mlflow_tools import Incarnation, make_config\n"
-        "run = Incarnation(make_config(Path(sys.argv[1]), sys.argv[2])); run.record(1, {'train/loss': 1.0})\n"
-        "sys.exit(run.tracker.close(timeout_s=60))\n"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    processes = [subprocess.Popen([*command, name], cwd=ROOT) for name in ("a", "b")]
-    assert [process.wait(120) for process in processes] == [0, 0]
-    runs = [fetch_run(store(tmp_path), RunDirectory(tmp_path / name)) for name in ("a", "b")]
-    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
-    assert runs[0].info.experiment_id == runs[1].info.experiment_id
-
-
 def test_replay_fills_holes_and_sets_the_end_status(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     run = Incarnation(config)
@@ -205,6 +207,26 @@ def test_replay_fills_holes_and_sets_the_end_status(tmp_path: Path) -> None:
     assert history(store(tmp_path), run.directory, "train/loss") == [(s, float(s)) for s in range(1, 11)]
     assert fetch_run(store(tmp_path), run.directory).info.status == "KILLED"
     assert replay(run.directory, environment={}) == 0
+
+
+def test_replay_ends_a_run_that_was_killed_but_none_that_goes_on(tmp_path: Path) -> None:
+    run = Incarnation(make_config(tmp_path))
+    run.record(1, {"train/loss": 1.0})
+    run.directory.write_status("running", 1, "started")
+    wait_until(lambda: run.tracker.undelivered == 0, 60, "delivery")
+    lock = tmp_path / ".locks" / "run"
+    lock.parent.mkdir()
+    program = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    owner = subprocess.Popen([sys.executable, "-c", program, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert owner.stdout is not None and owner.stdout.readline() == b"\n"
+    assert end_status(run.directory) is None
+    replay(run.directory, environment={})
+    assert fetch_run(store(tmp_path), run.directory).info.status == "RUNNING"
+    owner.kill()
+    owner.communicate()
+    replay(run.directory, environment={})
+    assert fetch_run(store(tmp_path), run.directory).info.status == "FAILED"
+    run.tracker.close("FAILED")
 
 
 def test_replay_creates_a_run_that_mlflow_never_saw(tmp_path: Path) -> None:
@@ -243,7 +265,7 @@ def test_a_dead_server_costs_the_metrics_nothing(tmp_path: Path, caplog: pytest.
 
 
 def test_the_queue_is_bounded_and_says_what_it_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.tracking.MAX_QUEUED_RECORDS", 4)
+    monkeypatch.setattr("pipeline.mlflow_tracker.MAX_QUEUED_RECORDS", 4)
     run = Incarnation(make_config(tmp_path), uri="http://127.0.0.1:9")
     for step in range(1, 11):
         run.record(step, {"train/loss": 1.0, "train/lr": 1.0})
@@ -314,10 +336,42 @@ def test_points_of_a_record() -> None:
     points, nonfinite = points_of({"step": 7, "time_ms": 99, "a": 1.0, "b": math.inf})
     assert [tuple(point) for point in points] == [("a", 1.0, 99, 7), ("tracking/nonfinite", 1.0, 99, 7)]
     assert nonfinite == 1
+    points, _ = points_of({"step": 7, "time_ms": 99, "val/loss": 2.0, "train/tokens": 700.0, "train/loss": math.nan})
+    assert [(p.name, p.step, p.value) for p in points if p.name.startswith("tokens/")] == [
+        ("tokens/val_loss", 700, 2.0)
+    ]
 
 
-@pytest.mark.parametrize("module", ["run_directory", "metrics", "tracking", "mlflow_run", "console", "figures"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "run_directory",
+        "metrics",
+        "tracking",
+        "mlflow_run",
+        "system_metrics",
+        "console",
+        "figures",
+        "compare.report",
+        "compare.search",
+    ],
+)
 def test_no_module_imports_torch_or_mlflow(module: str) -> None:
     program = f"import sys, pipeline.{module}; print(sorted({{'torch', 'mlflow', 'megatron'}} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout == "[]\n", result.stdout + result.stderr
+
+
+def test_system_metrics_have_the_names_of_the_table_and_measure_this_machine(tmp_path: Path) -> None:
+    system = SystemMetrics(tmp_path)
+    spin_until = time.monotonic() + 0.5
+    while time.monotonic() < spin_until:
+        pass
+    sample = system.sample()
+    assert all(metric_info(name).name for name in sample)
+    assert 20 / (os.cpu_count() or 1) < sample["system/cpu_utilization_percentage"] <= 100
+    used, share = sample["system/system_memory_usage_megabytes"], sample["system/system_memory_usage_percentage"]
+    assert 0 < used * 1e6 < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") and 0 < share < 100
+    disk = shutil.disk_usage(tmp_path)
+    assert abs(sample["system/disk_usage_percentage"] - 100 * disk.used / (disk.used + disk.free)) < 2
+    assert sample["system/network_receive_megabytes"] >= 0

@@ -1,0 +1,163 @@
+"""`qsparse launch`: the same run through SLURM, through torchrun on several machines, or on this one.
+
+qsparse launch slurm CONFIG --nodes 2          a batch job, which starts on each of its nodes
+qsparse launch torchrun CONFIG --nnodes 2 ...  the ranks of one node, which finds the others; also for use by hand
+qsparse launch local CONFIG                    all ranks on this machine; the same as `qsparse train`
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.arguments import OVERRIDES_HELP, split_overrides
+from launch.cluster import ClusterProfile, load_profile
+from launch.local import Rendezvous
+from launch.run_commands import train_here
+from launch.slurm_script import describe_command
+from launch.submission import Request, Submission, prepare, submit
+
+_EPILOG = """\
+examples:
+  qsparse launch local configs/quickstart.yaml
+  qsparse launch slurm configs/gpt_1.3b.yaml parallel.dp=16 --cluster modules --nodes 2 --dry-run
+  qsparse launch slurm configs/qsparse.yaml --cluster cpu --sweep model.qsparse.sparsity=0.0,0.4,0.6
+  qsparse launch torchrun configs/gpt_1.3b.yaml parallel.dp=16 --nnodes 2 --node-rank 0 --rdzv-endpoint n1:29500
+"""
+_PROFILE_OPTIONS = ("account", "partition", "qos", "constraint", "reservation", "time")
+
+
+def add_launch_parser(commands: Any) -> None:
+    """Add `launch` to the subparsers of `qsparse`."""
+    summary = "start a run through SLURM, torchrun or on this machine"
+    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    launch = commands.add_parser(
+        "launch", help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=_EPILOG, **layout
+    )
+    verbs = launch.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    local = verbs.add_parser("local", help="all ranks on this machine, as `qsparse train`", **layout)
+    _add_config(local)
+    local.add_argument("--nproc", type=int, metavar="N", help="processes; absent: tp * pp * cp * dp")
+    local.set_defaults(run=_local)
+    _add_torchrun(verbs.add_parser("torchrun", help="the ranks of one node of several", **layout))
+    _add_slurm(verbs.add_parser("slurm", help="a batch job on a SLURM cluster", **layout))
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="configuration file (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES_HELP)
+    parser.set_defaults(rest=[])
+
+
+def _add_torchrun(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--nproc", type=int, metavar="N", help="processes of this node; absent: an equal share")
+    add_rendezvous_options(parser)
+    parser.set_defaults(run=_torchrun)
+
+
+def add_rendezvous_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say how the nodes of a job find each other."""
+    parser.add_argument("--nnodes", type=int, metavar="N", help="nodes; absent: SLURM_NNODES, else 1")
+    parser.add_argument(
+        "--node-rank", type=int, metavar="I", help="number of this node; absent: SLURM_NODEID, else torchrun assigns it"
+    )
+    parser.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="the first node, and a free port of it")
+
+
+def _add_slurm(parser: argparse.ArgumentParser) -> None:
+    _add_config(parser)
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
+    parser.add_argument("--min-nodes", type=int, metavar="N", help="go on with as few nodes if there are no more")
+    parser.add_argument(
+        "--cluster", metavar="NAME|FILE", help="profile in configs/clusters, or a file; absent: $QSPARSE_CLUSTER"
+    )
+    for option in _PROFILE_OPTIONS:
+        parser.add_argument(f"--{option}", metavar="VALUE", help=f"instead of the profile's `{option}`")
+    parser.add_argument("--max-restarts", type=int, metavar="N", help="instead of the profile's `max_restarts`")
+    parser.add_argument("--preflight", action="store_true", default=None, help="check the nodes before each start")
+    parser.add_argument("--forward", action="append", metavar="NAME", help="a further variable for the job; repeatable")
+    parser.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=A,B", help="one run per value; repeated: all combinations"
+    )
+    parser.add_argument("--array-limit", type=int, metavar="N", help="runs of a sweep at the same time")
+    parser.add_argument("--dependency", default="", metavar="LIST", help="as sbatch's, e.g. afterok:123")
+    parser.add_argument("--template", type=Path, metavar="FILE", help="jinja2 template instead of our batch script")
+    parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
+    parser.set_defaults(run=_slurm)
+
+
+def rendezvous_of(arguments: argparse.Namespace) -> Rendezvous | None:
+    """The rendezvous that options and SLURM's variables describe; None for a single node without an endpoint.
+
+    Raises:
+        ValueError: several nodes and no endpoint.
+    """
+    in_step = "SLURM_STEP_ID" in os.environ
+    nnodes = arguments.nnodes or (int(os.environ.get("SLURM_NNODES", "1")) if in_step else 1)
+    node_rank = arguments.node_rank
+    if node_rank is None and in_step:
+        node_rank = int(os.environ["SLURM_NODEID"])
+    if arguments.rdzv_endpoint is None:
+        if nnodes > 1:
+            raise ValueError(f"--nnodes {nnodes} needs --rdzv-endpoint HOST:PORT: where the nodes find each other")
+        return None
+    rendezvous = Rendezvous(nnodes, arguments.rdzv_endpoint, node_rank)
+    rendezvous.options()  # says what is wrong with it
+    return rendezvous
+
+
+def _local(arguments: argparse.Namespace) -> int:
+    return train_here(arguments.config, [*arguments.overrides, *arguments.rest], arguments.nproc)
+
+
+def _torchrun(arguments: argparse.Namespace) -> int:
+    overrides = [*arguments.overrides, *arguments.rest]
+    return train_here(arguments.config, overrides, arguments.nproc, rendezvous_of(arguments))
+
+
+def _slurm(arguments: argparse.Namespace) -> int:
+    files, overrides = split_overrides([*arguments.overrides, *arguments.rest])
+    if files:
+        raise ValueError(f"one CONFIG and overrides of the form KEY=VALUE are expected, got also {str(files[0])!r}")
+    request = Request(
+        config=arguments.config,
+        overrides=overrides,
+        nodes=arguments.nodes,
+        min_nodes=arguments.min_nodes,
+        sweeps=arguments.sweep,
+        template=arguments.template,
+        dependency=arguments.dependency,
+        array_limit=arguments.array_limit,
+        command=describe_command(sys.argv[1:]),
+    )
+    submission = prepare(request, _profile(arguments))
+    for note in submission.notes:
+        print(f"note: {note}", file=sys.stderr)
+    if arguments.dry_run:
+        print(submission.text, end="")
+        return 0
+    _tell(submission, submit(submission))
+    return 0
+
+
+def _profile(arguments: argparse.Namespace) -> ClusterProfile:
+    options = {option: getattr(arguments, option) for option in (*_PROFILE_OPTIONS, "max_restarts", "preflight")}
+    name = arguments.cluster or os.environ.get("QSPARSE_CLUSTER")
+    profile = load_profile(name, options)
+    if arguments.forward:
+        return load_profile(name, {**options, "forward": [*profile.forward, *arguments.forward]})
+    return profile
+
+
+def _tell(submission: Submission, job_id: str) -> None:
+    job = submission.job
+    where = job.folder.parent
+    size = f"{job.allocation.slurm_nodes} nodes of {job.ranks_per_node} ranks"
+    print(f"job {job_id}: {size}" + (f", {len(job.runs)} runs" if len(job.runs) > 1 else ""))
+    for run in job.runs:
+        print(f"run directory {run}")
+    if job.forwarded:
+        print(f"forwarded variables {', '.join(job.forwarded)}")
+    print(f"script {job.script}\nqsparse status {where}")

@@ -1,0 +1,148 @@
+"""The grouped products of a linear layer's experts: Triton's on a GPU, a loop over experts elsewhere.
+
+    forward   y[t] = s_x[t] s_w[e] (q[t] w[e]^T)         dX[t] = s_w[e] (dY[t] w[e])         dW[e] = sum_t dY[t]^T x[t]
+
+Both sets have the same two operations (`GroupedProducts`), as `kernels.dispatch.Kernels` has for one layer.  The loop
+is made of these kernels, so it computes what the experts would compute one after the other, bit for bit; the Triton set
+differs in the order of float sums and rounds dX and the inputs of dW to bf16.
+
+Shapes: T tokens sorted by expert, E experts, D input features, O output features, P parts of a weight (gate and up: 2).
+"""
+
+import importlib
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import Kernels, ReferenceKernels
+from qsparse_layers.functional import Codes
+
+
+@dataclass(frozen=True)
+class StackedWeights:
+    """Ternary codes of all experts of a rank."""
+
+    codes: Tensor
+    """int8 [E, O, D]."""
+    scale: Tensor
+    """float32 [E, O], a scale of each row, or [E, 1] where each matrix has one."""
+
+    @classmethod
+    def of(cls, operands: list[tuple[Tensor, Tensor | None]]) -> "StackedWeights":
+        """From (codes [O, D], scale [1] or [O, 1]) of each expert."""
+        scales = [scale.flatten() for _, scale in operands if scale is not None]
+        return cls(torch.stack([codes for codes, _ in operands]), torch.stack(scales))
+
+    def scale_of_parts(self, num_parts: int) -> Tensor:
+        """[E, P] for weights whose rows form `num_parts` equal ranges of one scale each."""
+        if self.scale.shape[1] == 1:
+            return self.scale
+        return self.scale.unflatten(1, (num_parts, -1))[:, :, 0].contiguous()
+
+
+class GroupedProducts(Protocol):
+    """What `moe.grouped` computes with."""
+
+    def forward(self, x: Codes, weight: StackedWeights, offsets: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """[T, O] in `dtype`; offsets int32 [E + 1]."""
+
+    def backward(
+        self, grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, *, e4m3: bool
+    ) -> tuple[Tensor, Tensor]:
+        """dX [T, D] in the type of dY, and dW [E, O, D] in float32 or wider."""
+
+
+def grouped_products_for(kernels: Kernels) -> GroupedProducts:
+    """The grouped products that go with the kernels of single layers."""
+    return LoopedProducts(kernels) if isinstance(kernels, ReferenceKernels) else TritonProducts(kernels)
+
+
+class LoopedProducts:
+    """One product per expert."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
+    def forward(self, x: Codes, weight: StackedWeights, offsets: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """See `GroupedProducts.forward`."""
+        parts = [
+            self._kernels.linear(x.values[rows], codes_OD, x_scale=x.scale[rows], weight_scale=scale, dtype=dtype)
+            for rows, codes_OD, scale in zip(_rows(offsets), weight.codes, weight.scale, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def backward(
+        self, grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, *, e4m3: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `GroupedProducts.backward`."""
+        dxs, dws = [], []
+        for rows, codes_OD, scale in zip(_rows(offsets), weight.codes, weight.scale, strict=True):
+            products = self._kernels.backward(
+                grad[rows], codes_OD, weight_scale=scale, x_scale=x.scale[rows], e4m3=e4m3 and rows.start < rows.stop
+            )
+            dxs.append(products.dgrad())
+            dws.append(products.wgrad(x.values[rows], x.scale[rows], None))
+        return torch.cat(dxs), torch.stack(dws)  # type: ignore[arg-type]
+
+
+class TritonProducts:
+    """One launch per product, for bf16 models whose matrices have rows of a multiple of 16 codes."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._looped = LoopedProducts(kernels)
+
+    def forward(self, x: Codes, weight: StackedWeights, offsets: Tensor, *, dtype: torch.dtype) -> Tensor:
+        """See `GroupedProducts.forward`."""
+        if dtype != torch.bfloat16 or not _fits(weight):
+            return self._looped.forward(x, weight, offsets, dtype=dtype)
+        gemm = importlib.import_module("kernels.grouped_gemm")
+        return gemm.grouped_forward(
+            x.values, weight.codes, offsets, x_scale_T=x.scale.flatten(), weight_scale_EP=_part_scales(weight)
+        )
+
+    def backward(
+        self, grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, *, e4m3: bool
+    ) -> tuple[Tensor, Tensor]:
+        """See `GroupedProducts.backward`."""
+        if grad.dtype != torch.bfloat16 or not _fits(weight):
+            return self._looped.backward(grad, x, weight, offsets, e4m3=e4m3)
+        return _fast_backward(grad, x, weight, offsets) if e4m3 else _exact_backward(grad, x, weight, offsets)
+
+
+def _exact_backward(grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    gemm: Any = importlib.import_module("kernels.grouped_gemm")
+    wgrad: Any = importlib.import_module("kernels.grouped_wgrad")
+    dx = gemm.grouped_dgrad(grad, weight.codes.to(torch.bfloat16), offsets, weight_scale_EP=_part_scales(weight))
+    return dx, wgrad.grouped_wgrad(grad, (x.values * x.scale).to(torch.bfloat16), offsets)
+
+
+def _fast_backward(grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    gemm: Any = importlib.import_module("kernels.grouped_gemm")
+    eight_bit: Any = importlib.import_module("kernels.grouped_gradients")
+    wgrad: Any = importlib.import_module("kernels.grouped_wgrad")
+    x_scale_T, scale_EP = x.scale.flatten(), _part_scales(weight)
+    codes = eight_bit.quantize_gradient(grad, offsets, x_scale_T=x_scale_T, weight_scale_EP=scale_EP)
+    dx = gemm.grouped_dgrad_fp8(
+        codes.codes_TO, eight_bit.transposed_weight(weight.codes), offsets, grad_scale_T=codes.scale_T
+    )
+    x_DT = eight_bit.transposed_input(x.values, x_scale_T, codes)
+    dw = wgrad.grouped_wgrad_fp8(codes.transposed_OT, x_DT, codes.padded_offsets, scale_EP=codes.wgrad_scale_EP)
+    return dx, dw
+
+
+def _part_scales(weight: StackedWeights) -> Tensor:
+    """[E, P]: experts' weights are one matrix, or gate and up of equal size."""
+    return weight.scale_of_parts(2)
+
+
+def _fits(weight: StackedWeights) -> bool:
+    """Rows of every operand are multiples of 16 bytes, and dgrad's parts multiples of its tiles."""
+    _, num_outputs, num_inputs = weight.codes.shape
+    return num_outputs % 128 == 0 and num_inputs % 16 == 0
+
+
+def _rows(offsets: Tensor) -> list[slice]:
+    return [slice(start, end) for start, end in pairwise(offsets.tolist())]

@@ -1,0 +1,144 @@
+"""`qsparse bench kernels`: every table and figure about kernels, as CSV and PNG.
+
+No speed is printed for a section one of whose kernels disagrees with its reference; the exit code is then 1.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from pipeline.bench.kernels.case import Options, Section
+from pipeline.bench.kernels.runner import run_section, sweep_section
+from pipeline.bench.kernels.timing import Rates
+from pipeline.bench.machine import machine_lines
+from pipeline.bench.results import extend_csv, read_csv, update_page
+
+SECTIONS = {
+    "sparsify": "sparsify",
+    "ternarize": "ternarize",
+    "fused": "fused",
+    "layer": "layer",
+    "memory": "memory",
+    "grouped": "grouped",
+    "block-sparse": "block_sparse",
+    "decode": "decode",
+}
+"""Name -> module of this package."""
+_EPILOG = """\
+Writes NAME.csv and NAME.png of each section to FOLDER, and the tables of FOLDER.md if that page exists.  Cases that are
+in the CSV already, from the same machine, day, versions and commit, stay there: a long section can be run in parts.
+
+examples:
+  qsparse bench kernels --only sparsify,layer
+  qsparse bench kernels --output docs/performance --draw     (figures and page anew from the CSV; needs no GPU)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="qsparse bench kernels",
+        description=__doc__.split("\n\n")[0] if __doc__ else None,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--only", metavar="NAMES", help=f"some of {','.join(SECTIONS)}, separated by commas (default: all)")
+    add("--output", type=Path, default=Path("runs/bench/kernels"), metavar="FOLDER", help="where results go")
+    add("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    add("--quick", action="store_true", help="one case per section, fewer rounds, nothing compiled by torch.compile")
+    add("--sweep", action="store_true", help="time launches of our own kernels instead, fastest first; writes nothing")
+    add("--draw", action="store_true", help="measure nothing: make figures and tables from the CSV files in FOLDER")
+    add("--commit", metavar="TEXT", help="commit of the code, for a copy that git does not know")
+    options = parser.parse_args(arguments)
+    names = options.only.split(",") if options.only else list(SECTIONS)
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown:
+        parser.error(f"--only {','.join(unknown)}: expected some of {', '.join(SECTIONS)}")
+    console = Console(soft_wrap=True)
+    if options.draw:
+        return draw({name: load_section(name) for name in names}, options.output, console)
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA GPU, and there is none here (--draw makes figures from existing results)")
+    sections = {name: load_section(name) for name in names}
+    if options.sweep:
+        for section in sections.values():
+            sweep_section(section, Options(quick=options.quick), console, options.case)
+        return 0
+    return run(sections, Options(quick=options.quick), options.output, console, options.case, options.commit)
+
+
+def load_section(name: str) -> Section:
+    """The section of that name; imported only now, so that one does not need what another needs."""
+    section: Section = importlib.import_module(f"pipeline.bench.kernels.{SECTIONS[name]}").SECTION
+    return section
+
+
+def run(
+    sections: Mapping[str, Section],
+    options: Options,
+    output: Path,
+    console: Console,
+    wanted: str = "",
+    commit: str | None = None,
+) -> int:
+    """Measure sections and write their files.
+
+    Args:
+        sections: by name.
+        options: device and size.
+        output: folder of the files.
+        console: where checks, times and tables appear.
+        wanted: part of the names of the cases to take.
+        commit: of the code, where git does not know.
+
+    Returns:
+        0, or 1 if a section is red (it is neither timed nor written) or its timing broke off.
+    """
+    head = machine_lines(commit)
+    for line in head:
+        console.print(line, markup=False, highlight=False)
+    rates = Rates(options.device)
+    green, failures = {}, []
+    for name, section in sections.items():
+        console.rule(name)
+        outcome = run_section(section, options, rates, console, wanted)
+        failures += [f"{name}: {failure}" for failure in outcome.failures]
+        if outcome.rows:
+            extend_csv(output / f"{name}.csv", head, section.columns, outcome.rows, keys=("case",))
+            green[name] = section
+    draw(green, output, console)
+    for failure in failures:
+        console.print(f"failed: {failure}", style="red", markup=False, highlight=False)
+    return 1 if failures else 0
+
+
+def draw(sections: Mapping[str, Section], folder: Path, console: Console) -> int:
+    """Figures and tables of the sections that have a CSV file in `folder`."""
+    fragments = {}
+    for name, section in sections.items():
+        path = folder / f"{name}.csv"
+        if not path.is_file():
+            continue
+        results = read_csv(path)
+        section.draw(results.rows, path.with_suffix(".png"))
+        table = section.table(results.rows)
+        picture = f"![{section.title}]({folder.name}/{name}.png)"
+        source = f"{'; '.join(results.head)}. All numbers: [{name}.csv]({folder.name}/{name}.csv)."
+        fragments[name] = f"{section.title}.\n\n{table}\n\n{picture}\n\n{source}"
+        console.rule(section.title)
+        console.print(table, markup=False, highlight=False)
+    page = folder.with_suffix(".md")
+    if page.is_file():
+        for name in update_page(page, fragments):
+            console.print(f"{page} has no place for '{name}': <!-- bench: {name} --> and <!-- end -->", markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""What a kernel or operator of a training step does, by its name."""
+
+import re
+
+CATEGORIES = (
+    ("communication", r"nccl|gloo|c10d::|all_?reduce|allgather|reduce_?scatter"),
+    ("optimizer", r"adam|multi_tensor|foreach|optimizer"),
+    ("attention", r"attention|attn|flash|fmha|sdpa|mha|rope|rotary"),
+    ("sparsify, quantize", r"sparsif|quantiz|ternar|codes|row_sums|part_sums|transpose_|gradient_scale|_fused_kernel"),
+    ("norm, activation", r"norm|silu|swiglu|geglu|relu|_activation_kernel|dgain|dgamma"),
+    ("GEMM", r"gemm|nvjet|cutlass|xmma|wgmma|splitk|::mm$|::addmm$|::bmm$|mkldnn_linear|_hopper_"),
+    ("sort, top-K", r"sort|topk|scatter|histogram"),
+)
+"""First match wins; what none matches is `elementwise and other`."""
+OTHER = "elementwise and other"
+
+
+def category(name: str) -> str:
+    """Category of a kernel or operator by its name."""
+    return next((label for label, names in CATEGORIES if re.search(names, name, re.IGNORECASE)), OTHER)
