@@ -38,7 +38,7 @@ train: env
 	qsparse train configs/quickstart.yaml
 
 test: lint
-	pytest
+	bash .ci/test
 
 test-gpu: env
 	pytest -m gpu

@@ -92,11 +92,11 @@ class DotConfig:
     """
 
     block_outputs: int = 64
-    block_words: int = 64
+    block_words: int = 32
     splits: int = 4
     num_warps: int = 4
-    num_stages: int = 3
-    overlap: bool = True
+    num_stages: int = 4
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         _check_powers_of_two(self, "block_outputs", "block_words", "num_warps")
@@ -280,7 +280,7 @@ def float_gemv(
 def gemv_config(weight: PackedTernary, num_tokens: int) -> GemvConfig:
     """Default for `ternary_gemv`: two programs per multiprocessor, in one turn at batch 1 of usual sizes."""
     programs = 2 * multiprocessors(weight.words.device) // (triton.cdiv(weight.words_per_row, 32) * num_tokens)
-    return GemvConfig.filling(programs, triton.cdiv(weight.in_features, 4), num_warps=4, most_steps=TERNARY_STEPS)
+    return GemvConfig.filling(programs, triton.cdiv(weight.in_features, 4), num_warps=8, most_steps=TERNARY_STEPS)
 
 
 def float_gemv_config(weight_DO: Tensor, num_tokens: int) -> GemvConfig:

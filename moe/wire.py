@@ -36,5 +36,5 @@ def pack(codes: Codes) -> Tensor:
 
 def unpack(rows_TB: Tensor, num_features: int) -> Codes:
     """Codes [T, D] and scales [T, 1] of packed rows."""
-    scale = rows_TB[:, num_features : num_features + _SCALE_BYTES].contiguous().view(torch.float32)
+    scale = rows_TB[:, num_features : num_features + _SCALE_BYTES].clone().view(torch.float32)
     return Codes(rows_TB[:, :num_features].contiguous(), scale.view(-1, 1))

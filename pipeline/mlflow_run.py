@@ -18,7 +18,7 @@ import re
 import shlex
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -39,13 +39,15 @@ PARAM_BATCH = 100
 MAX_VALUE = 5000
 
 # For this process only, and only where the user has not decided.  The library's own retries block for minutes
-# (245 s for a dead server); ours are in the writer thread, where waiting costs nothing.
+# (245 s for a dead server), and one of `create_run` after a lost reply makes a second run; ours are in the writer
+# thread, where waiting costs nothing, and look for the first one before.
 PROCESS_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "GIT_PYTHON_REFRESH": "quiet",
 }
@@ -125,11 +127,15 @@ class MLflowRun:
 
         Does not touch a server.  Two runs that start together on one store take turns.
         """
-        client = make_client(self._description.uri)
         database = self._description.database
-        if database is not None:
-            with _locked(database.with_name(f"{database.name}.lock")):
-                self._find_or_create_experiment(client)
+        if database is None:
+            self._client = make_client(self._description.uri)
+            return
+        with _locked(database.with_name(f"{database.name}.lock")):
+            if not database.exists():
+                _create_store(database)
+            client = make_client(self._description.uri)  # migrates a store of an older version
+            self._find_or_create_experiment(client)
         self._client = client
 
     def connect(self, *, mark_running: bool = True) -> None:
@@ -285,6 +291,21 @@ def make_client(uri: str) -> "MlflowClient":
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+def _create_store(database: Path) -> None:
+    """Make an SQLite store that has its whole schema from the moment it can be seen.
+
+    MLflow builds the schema in some fifty steps; two processes at it at once, or a kill in between, leave a file that
+    no process can open again.
+    """
+    temporary = database.with_name(f".{database.name}.{uuid.uuid4().hex}")
+    try:
+        make_client(f"sqlite:///{temporary}").search_experiments(max_results=1)
+        with suppress(FileExistsError):  # where locks do not work, another process may have been faster
+            os.link(temporary, database)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def without_password(uri: str) -> str:

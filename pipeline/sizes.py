@@ -1,9 +1,9 @@
 """Parameters, operations and memory of a model from its configuration alone; no torch here.
 
 Sparsity counts projections only, as the paper does (arXiv 2407.10969 sec. 4.2): embeddings and output layer are not
-part of N.  A token visits k of E experts, so of N only N_active = attention + dense FFNs + shared experts + k / E of the
-experts take part, and sparsity S, weighted by these, leaves N_active (1 - S) activated parameters.  Operations are those
-of the dense model, so that MFU compares sparse and dense runs by the same yardstick.
+part of N.  A token visits k of E experts, so of N only N_active = attention + dense FFNs + shared experts + k / E of
+the experts take part, and sparsity S, weighted by these, leaves N_active (1 - S) activated parameters.  Operations are
+those of the dense model, so that MFU compares sparse and dense runs by the same yardstick.
 """
 
 from dataclasses import dataclass

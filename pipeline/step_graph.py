@@ -28,7 +28,11 @@ class StepGraph:
 
     def __init__(self, step: Callable[[Tensor], list[Tensor]]) -> None:
         self._step = step
-        self._forget(None)
+        self._key: Hashable = None
+        self._eager_steps = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._tokens = torch.empty(0)
+        self._losses: list[Tensor] = []
 
     def run(self, tokens: Tensor, strength: Hashable) -> list[Tensor]:
         """One step.
@@ -39,7 +43,7 @@ class StepGraph:
         """
         key = (strength, tuple(tokens.shape))
         if key != self._key:
-            self._forget(key)
+            self._key, self._eager_steps, self._graph = key, 0, None
         if self._eager_steps < EAGER_STEPS:
             self._eager_steps += 1
             return self._step(tokens)
@@ -48,11 +52,6 @@ class StepGraph:
         self._tokens.copy_(tokens)
         self._graph.replay()
         return [loss.clone() for loss in self._losses]
-
-    def _forget(self, key: Hashable) -> None:
-        self._key, self._eager_steps = key, 0
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._losses: list[Tensor] = []
 
     def _capture(self, tokens: Tensor) -> torch.cuda.CUDAGraph:
         self._tokens = tokens.clone()

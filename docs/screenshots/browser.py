@@ -43,14 +43,14 @@ class Browser:
         self._profile = tempfile.TemporaryDirectory(prefix="screenshot-", ignore_cleanup_errors=True)
         commands_read, self._commands = os.pipe()
         self._answers, answers_write = os.pipe()
-        # Chromium reads file descriptor 3 and writes 4; the shell puts ours there.
+        # Chromium reads file descriptor 3 and writes 4; the shell puts ours there (not sh: dash knows one digit only).
         arguments = [
             program,
             *FLAGS.split(),
             f"--user-data-dir={self._profile.name}",
             f"--window-size={width},{height}",
         ]
-        shell = ["sh", "-c", f'exec "$@" 3<&{commands_read} 4>&{answers_write}', "sh", *arguments, "about:blank"]
+        shell = ["bash", "-c", f'exec "$@" 3<&{commands_read} 4>&{answers_write}', "bash", *arguments, "about:blank"]
         inherited = (commands_read, answers_write)
         quiet = subprocess.DEVNULL
         self._process = subprocess.Popen(shell, pass_fds=inherited, stdin=quiet, stdout=quiet, stderr=quiet)

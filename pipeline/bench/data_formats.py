@@ -160,7 +160,7 @@ def _write_energon(folder: Path, chunks: Path) -> None:
 
 
 def _write_mds(folder: Path, flat: Tokens, seq_length: int) -> None:
-    from streaming import MDSWriter  # type: ignore[import-not-found]
+    from streaming import MDSWriter
 
     with MDSWriter(out=str(folder), columns={"tokens": "bytes"}, size_limit=2**26) as writer:
         for begin in range(0, len(flat) - seq_length, seq_length):

@@ -132,7 +132,7 @@ def energon(folder: Path, seq_length: int) -> Sequences:
 
 def mosaicml(folder: Path, seq_length: int) -> Sequences:
     """MosaicML Streaming, shuffled, without workers."""
-    from streaming import StreamingDataset  # type: ignore[import-not-found]
+    from streaming import StreamingDataset
 
     dataset = StreamingDataset(local=str(folder / "mds"), shuffle=True, batch_size=BATCH)
     while True:

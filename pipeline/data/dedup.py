@@ -179,7 +179,7 @@ class _Clusters:
 
 def _rensa():  # type: ignore[no-untyped-def]  # the package has no types
     try:
-        import rensa  # type: ignore[import-untyped]
+        import rensa
     except ImportError:
         raise DataError("--dedup near needs the package rensa (pip install rensa)") from None
     return rensa

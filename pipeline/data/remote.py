@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec  # type: ignore[import-untyped]
-from fsspec.asyn import AsyncFileSystem  # type: ignore[import-untyped]
+import fsspec
+from fsspec.asyn import AsyncFileSystem
 
 from pipeline.data.cache import FileCache
 from pipeline.data.errors import DataError

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import ternarize
+from kernels import decode, grouped_gemm, ternarize
 from kernels.dispatch import Backward, ReferenceKernels
 from kernels.sparsify import sparsify
 from pipeline.bench.kernels.case import Check, relative_error
+from pipeline.bench.kernels.decode import DecodeCase
+from pipeline.bench.kernels.grouped import GroupedCase, Shape
 from pipeline.bench.kernels.layer import LayerCase
 from pipeline.bench.kernels.sparsify import SparsifyCase
 from pipeline.bench.kernels.ternarize import TernarizeCase
@@ -94,3 +96,25 @@ def test_relative_error_is_that_of_all_rows():
     got, want = torch.randn(3000, 4), torch.randn(3000, 4)
     expected = float((got - want).norm() / want.norm())
     assert relative_error(got, want) == pytest.approx(expected, rel=1e-5)
+
+
+def test_grouped_gate():
+    def forgets_the_last_row(*args, **options):
+        y = grouped_gemm.grouped_forward(*args, **options)
+        y[-1] = 0
+        return y
+
+    shape = Shape(3, 40, 32, 48)
+    # Floats are left out: the interpreter cuts off where the GPU rounds.
+    assert "forward, int8" not in failed(GroupedCase(shape, DEVICE).checks())
+    assert "forward, int8" in failed(GroupedCase(shape, DEVICE, forward=forgets_the_last_row).checks())
+
+
+def test_decode_gate():
+    def without_scale(x, weight, *, weight_scale_O, **options):
+        return decode.ternary_gemv(x, weight, weight_scale_O=torch.ones_like(weight_scale_O), **options)
+
+    small = {"sparsities": (0.0, 0.5), "rotation_bytes": 1}
+    assert failed(DecodeCase(64, 48, 2, DEVICE, **small).checks()) == []
+    wrong = failed(DecodeCase(64, 48, 2, DEVICE, gemv=without_scale, **small).checks())
+    assert wrong == ["ternary gemv, 0% zeros", "ternary gemv, 50% zeros"]

@@ -97,3 +97,15 @@ def test_two_gpus_give_the_losses_of_one(tmp_path: Path) -> None:
         assert trajectory["grad_norm"][:steps] == pytest.approx(norms[:steps], rel=0.05), name
         after_update = tolerance if reference == "dense" else 10 * tolerance  # Adam's first step is the gradient's sign
         assert trajectory["val"] == pytest.approx(expected[reference]["val"], rel=after_update), name
+
+
+def test_a_cuda_graph_gives_the_losses_of_its_kernels(tmp_path: Path) -> None:
+    """The graph repeats the kernels that the eager step launches."""
+    cases = {}
+    for name, layout in {"dense": DENSE, "full": FULL}.items():
+        values = on_gpu(case(layout, "bf16", {}))
+        cases[name] = values
+        cases[f"{name}:graph"] = {**values, "run": {**values["run"], "cuda_graph": True}}
+    found = train(tmp_path, cases, nproc=1)
+    for name in ("dense", "full"):
+        assert found[f"{name}:graph"]["loss"] == pytest.approx(found[name]["loss"], rel=1e-3), name

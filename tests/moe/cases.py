@@ -12,7 +12,9 @@ FINE = {"num_experts": 64, "top_k": 8, "ffn_hidden_size": 16, "layer_frequency":
 CAPACITY = {**CLASSIC, "capacity_factor": 0.75}
 
 
-def case(qsparse: dict, precision: str, moe: dict, parallel: dict | None = None, *, steps: int = 20) -> dict[str, Any]:
+def case(
+    qsparse: dict, precision: str, moe: dict | None, parallel: dict | None = None, *, steps: int = 20
+) -> dict[str, Any]:
     """A model of four layers with two query heads per key/value head, on text, for `steps` optimizer steps."""
     model = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "num_query_groups": 2}
     training = {"seq_length": 32, "micro_batch_size": 2, "global_batch_size": 8, "eval_sequences": 6}

@@ -1,13 +1,16 @@
 """Checks of single MoE layers on two expert-parallel processes; run with torchrun, argument: a JSON file for results.
 
-Each `check_*` function raises on a rank where something is wrong; the file maps its name to the tracebacks of all ranks.
+Each `check_*` function raises on a rank where something is wrong; the file maps its name to the tracebacks of all.
 """
 
 import json
+import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,22 +24,26 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_utils import get_capacity
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_capacity
 from torch import Tensor
 
 from moe.dispatcher import ExpertInput
 from moe.wire import row_bytes
+from pipeline.checkpoint import Checkpoints, Progress
 from pipeline.config import Config
+from pipeline.learner import Learner
 from pipeline.model import build_model, unwrap
-from pipeline.world import initialize_layout
+from pipeline.upcycle import load_dense
+from pipeline.world import current_world, initialize_layout
 from tests.moe.cases import CLASSIC, FULL, case
 from tests.moe.plain_moe import PlainMoE
+from tests.testing import TextWindows
 
 
 @contextmanager
 def moe_layer(moe: dict, precision: str = "fp64", parallel: dict | None = None, **model: Any) -> Iterator[Any]:
     """The first MoE layer of a small model under EP = 2, without losses on its router."""
-    values = case(FULL, precision, {**CLASSIC, "balancing": "none", **moe}, parallel or {"ep": 2})
+    values = case(FULL, precision, {**CLASSIC, "balancing": "none", **moe}, {"ep": 2} if parallel is None else parallel)
     values["model"].update(model)
     config = Config(**values)
     initialize_layout(config)
@@ -111,8 +118,8 @@ def check_gradients_against_plain_pytorch() -> None:
             compare_with_plain(layer, (12, 12))
 
 
-def check_odd_token_counts_and_an_empty_rank() -> None:
-    for lengths in ((5, 3), (1, 0)):
+def check_odd_token_counts_and_experts_without_tokens() -> None:
+    for lengths in ((5, 3), (1, 2)):
         for experts in ("sequential", "grouped"):
             with moe_layer({"experts": experts}) as layer:
                 compare_with_plain(layer, lengths)
@@ -216,10 +223,43 @@ def check_grouped_experts_are_sequential_ones_with_8_bit_gradients() -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6 * float(theirs.abs().max()))
 
 
+def check_an_upcycled_mixture_computes_what_the_dense_model_did() -> None:
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of another shape without a schedule, as in the checks above
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    moe = {"num_experts": 4, "top_k": 2, "layer_frequency": 2}
+    losses = []
+    for layout, experts in (({"tp": 2}, None), ({"ep": 2}, moe), ({"pp": 2}, {**moe, "scores": "sigmoid"})):
+        config = Config(**case(FULL, "fp64", experts, layout))
+        initialize_layout(config)
+        data = TextWindows(config.training.seq_length)
+        learner = Learner(config, current_world(config), data, vocab_size=256)
+        checkpoints = Checkpoints(Path(folder[0]), config.checkpoint)
+        if experts is None:
+            for step in range(3):
+                learner.step(step)
+            checkpoints.save(learner.chunks, learner.optimizer, Progress(3))
+        else:
+            load_dense(checkpoints.require_latest(), learner.chunks)
+            learner.optimizer.reload_model_params()
+        losses.append(learner.evaluate(data))
+        if experts is not None:
+            first, second = learner.step(3).loss, learner.step(4).loss
+            assert second < first + 0.5
+        learner.close()
+        parallel_state.destroy_model_parallel()
+    dist.barrier()
+    if dist.get_rank() == 0:
+        shutil.rmtree(folder[0])
+    # The router's softmax is float32, so k probabilities sum to one within 1e-7.
+    assert abs(losses[1] - losses[0]) < 1e-5 * losses[0], losses
+    assert abs(losses[2] - losses[0]) < 1e-5 * losses[0], losses
+
+
 def main(output: Path) -> None:
     """Run every check on all ranks."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))  # a rank that fails alone must not hang the other
     results = {}
     for name, check in list(globals().items()):
         if not name.startswith("check_"):
@@ -229,6 +269,7 @@ def main(output: Path) -> None:
             check()
         except Exception:
             problem = traceback.format_exc()
+            print(name, dist.get_rank(), problem, flush=True)
         everyone = ["", ""]
         dist.all_gather_object(everyone, problem)
         results[name] = "\n".join(filter(None, everyone))

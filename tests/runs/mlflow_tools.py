@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.config_loader import dump_config
 from pipeline.metrics import MetricsLog
-from pipeline.run_directory import RunDirectory
 from pipeline.mlflow_run import RunDescription
 from pipeline.mlflow_tracker import MLflowTracker
+from pipeline.run_directory import RunDirectory
 from pipeline.tracking import make_tracker
 
 
@@ -79,7 +79,7 @@ class Server:
             self.port = probe.getsockname()[1]
         self.uri = f"http://127.0.0.1:{self.port}"
         self.store = f"sqlite:///{folder / 'server.db'}"
-        self._artifacts = folder / "artifacts"
+        self.artifacts = folder / "artifacts"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self, timeout_s: float = 120.0) -> None:
@@ -89,7 +89,7 @@ class Server:
             "--backend-store-uri",
             self.store,
             "--artifacts-destination",
-            str(self._artifacts),
+            str(self.artifacts),
             "--workers",
             "1",
         ]
@@ -107,6 +107,11 @@ class Server:
                     raise
                 time.sleep(0.2)
 
+    @property
+    def is_running(self) -> bool:
+        """Whether it was started and not killed."""
+        return self._process is not None
+
     def kill(self) -> None:
         """SIGKILL the server and its workers; does nothing if it is not running."""
         if self._process is not None:
@@ -116,16 +121,16 @@ class Server:
 
 
 class Proxy:
-    """A TCP proxy in front of a server that is slow, or loses every n-th reply after the server has acted.
+    """A TCP proxy in front of a server that is slow, or loses replies after the server has acted.
 
     Args:
         port: Port of the server.
         delay_s: Seconds that every request waits.
-        lose_every: Of so many replies one is lost; 0: none.
+        lose: Numbers of the replies that are lost, counted from 1.
     """
 
-    def __init__(self, port: int, *, delay_s: float = 0.0, lose_every: int = 0) -> None:
-        self._upstream, self._delay_s, self._lose_every = port, delay_s, lose_every
+    def __init__(self, port: int, *, delay_s: float = 0.0, lose: Collection[int] = ()) -> None:
+        self._upstream, self._delay_s, self._lose = port, delay_s, lose
         self.lost = self._replies = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -154,7 +159,7 @@ class Proxy:
         with suppress(OSError), client, server:
             while data := server.recv(1 << 16):
                 self._replies += data.startswith(b"HTTP/")
-                if self._lose_every and data.startswith(b"HTTP/") and self._replies % self._lose_every == 0:
+                if data.startswith(b"HTTP/") and self._replies in self._lose:
                     self.lost += 1
                     client.shutdown(socket.SHUT_RDWR)
                     return

@@ -110,7 +110,17 @@ def test_the_documentation_has_the_table_as_it_is() -> None:
         line
         for line in text.splitlines()
         if line.startswith(
-            ("| `train/", "| `val/", "| `data/", "| `perf/", "| `mem/", "| `qsparse/", "| `layer_", "| `system/")
+            (
+                "| `train/",
+                "| `val/",
+                "| `data/",
+                "| `perf/",
+                "| `mem/",
+                "| `qsparse/",
+                "| `moe/",
+                "| `layer_",
+                "| `system/",
+            )
         )
     ]
     assert documented == [f"| `{info.name}` | {info.unit} | {info.meaning} |" for info in METRICS]

@@ -142,7 +142,8 @@ def bars(
     panel.set_xticks(range(len(cases)), cases, fontsize=7, rotation=20 if len(cases) > 4 else 0)
     panel.margins(y=0.18)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False, fontsize=7)
+    panel.set_ylim(top=1.25 * panel.get_ylim()[1])  # room for the legend
+    panel.legend(frameon=False, fontsize=7, ncols=2, loc="upper left")
 
 
 def save(figure: Any, path: Path) -> None:

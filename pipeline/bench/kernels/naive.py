@@ -78,8 +78,8 @@ def torchao_bitnet(weight: Tensor) -> tuple[Layer, Tensor]:
     Raises:
         ImportError: it is not installed, or has no such prototype any more.
     """
-    from torchao.prototype.quantized_training import bitnet_training  # type: ignore[import-not-found]
-    from torchao.quantization import quantize_  # type: ignore[import-not-found]
+    from torchao.prototype.quantized_training import bitnet_training
+    from torchao.quantization import quantize_
 
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
