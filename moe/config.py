@@ -27,7 +27,7 @@ class MoEConfig(StrictModel):
     dispatch: Literal["codes", "full"] = "codes"
     """`codes`: where experts quantize their input, tokens are quantized and sparsified before they travel, and int8
     codes travel; `full`: floats travel, and each expert quantizes what it gets.  The results are the same bits."""
-    experts: Literal["auto", "sequential", "grouped"] = "auto"
+    execution: Literal["auto", "sequential", "grouped"] = "auto"
     """`grouped`: one launch for all experts of a rank; `sequential`: one after the other; `auto`: grouped on a GPU."""
     scores: Literal["softmax", "sigmoid"] = "softmax"
     """Router probabilities: softmax over the chosen experts, or sigmoids divided by their sum."""

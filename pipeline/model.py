@@ -238,7 +238,7 @@ def block_spec(transformer: TransformerConfig, config: Config, stage: int | None
 
 
 def _experts_class(config: Config) -> type[QSparseSequentialMLP]:
-    choice = config.model.moe.experts if config.model.moe else "auto"
+    choice = config.model.moe.execution if config.model.moe else "auto"
     if choice == "auto":
         choice = "sequential" if uses_cpu(config.run.device) else "grouped"
     return QSparseGroupedMLP if choice == "grouped" else QSparseSequentialMLP

@@ -113,15 +113,15 @@ def compare_with_plain(layer: Any, lengths: tuple[int, int], *, positive: bool =
 
 
 def check_gradients_against_plain_pytorch() -> None:
-    for options in ({}, {"dispatcher": "allgather"}, {"dispatch": "full"}, {"experts": "grouped"}):
+    for options in ({}, {"dispatcher": "allgather"}, {"dispatch": "full"}, {"execution": "grouped"}):
         with moe_layer(options) as layer:
             compare_with_plain(layer, (12, 12))
 
 
 def check_odd_token_counts_and_experts_without_tokens() -> None:
     for lengths in ((5, 3), (1, 2)):
-        for experts in ("sequential", "grouped"):
-            with moe_layer({"experts": experts}) as layer:
+        for execution in ("sequential", "grouped"):
+            with moe_layer({"execution": execution}) as layer:
                 compare_with_plain(layer, lengths)
 
 
@@ -131,8 +131,8 @@ def check_fine_grained_experts() -> None:
 
 
 def check_all_tokens_to_two_experts_of_one_rank() -> None:
-    for experts in ("sequential", "grouped"):
-        with moe_layer({"experts": experts}) as layer:
+    for execution in ("sequential", "grouped"):
+        with moe_layer({"execution": execution}) as layer:
             with torch.no_grad():  # tokens are positive: expert 0 comes first for every token, expert 1 second
                 layer.router.weight.copy_(-0.1 * torch.arange(8.0).unsqueeze(1).expand(8, 64))
             plain = compare_with_plain(layer, (7, 4), positive=True)
@@ -209,8 +209,8 @@ def check_a_probability_before_sub_norm_would_be_lost() -> None:
 
 def check_grouped_experts_are_sequential_ones_with_8_bit_gradients() -> None:
     found = []
-    for experts in ("sequential", "grouped"):
-        values = case({**FULL, "gradients": "e4m3"}, "fp32", {**CLASSIC, "experts": experts}, {"ep": 2})
+    for execution in ("sequential", "grouped"):
+        values = case({**FULL, "gradients": "e4m3"}, "fp32", {**CLASSIC, "execution": execution}, {"ep": 2})
         config = Config(**values)
         initialize_layout(config)
         built = build_model(config, vocab_size=256)

@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.cluster import load_profile
+from launch.records import record_end
+from launch.submission import Request, prepare
+from launch.track_command import tell_end
 from pipeline.config import Config
 from pipeline.config_loader import dump_config
 from pipeline.metrics import MetricsLog, metric_info, read_metrics, series
@@ -375,3 +379,25 @@ def test_system_metrics_have_the_names_of_the_table_and_measure_this_machine(tmp
     disk = shutil.disk_usage(tmp_path)
     assert abs(sample["system/disk_usage_percentage"] - 100 * disk.used / (disk.used + disk.free)) < 2
     assert sample["system/network_receive_megabytes"] >= 0
+
+
+def test_the_runs_of_a_sweep_know_their_parent(tmp_path: Path) -> None:
+    sweep = ["model.qsparse.sparsity=0.0,0.4"]
+    recipe, overrides = ROOT / "configs" / "qsparse.yaml", [f"run.root={tmp_path}"]
+    profile = load_profile("cpu", {})
+    swept = prepare(Request(recipe, overrides, nodes=1, sweeps=sweep), profile, {})
+    assert [config.tracking.parent for config in swept.configs] == ["qsparse", "qsparse"]
+    assert [config.run.name for config in swept.configs] == ["qsparse-sparsity-0.0", "qsparse-sparsity-0.4"]
+    named = [*overrides, "tracking.parent=mine"]
+    assert prepare(Request(recipe, named, nodes=1, sweeps=sweep), profile, {}).configs[0].tracking.parent == "mine"
+    assert prepare(Request(recipe, overrides, nodes=1), profile, {}).configs[0].tracking.parent is None
+
+
+def test_a_launcher_tells_mlflow_of_ranks_that_died_silently(tmp_path: Path) -> None:
+    assert run_program("sigkill", tmp_path) == -signal.SIGKILL
+    directory = RunDirectory(tmp_path / "run")
+    directory.write_status("running", 10, "started")
+    record_end(directory, 137, {})
+    tell_end(directory)
+    assert fetch_run(store(tmp_path), directory).info.status == "FAILED"
+    tell_end(RunDirectory(tmp_path / "nothing"))

@@ -39,12 +39,12 @@ def test_nothing_is_lost_or_doubled_while_the_server_comes_and_goes(tmp_path: Pa
     record(1, 100)  # nobody listens yet
     assert run.tracker.undelivered == 300
     server.start()
-    wait_until(lambda: run.tracker.undelivered == 0, 90, "delivery after the start")
+    wait_until(lambda: run.tracker.undelivered == 0, 180, "delivery after the start")
     record(101, 200)
     server.kill()  # somewhere in the middle of a delivery
     record(201, 300)
     server.start()
-    wait_until(lambda: run.tracker.undelivered == 0, 90, "delivery after the restart")
+    wait_until(lambda: run.tracker.undelivered == 0, 180, "delivery after the restart")
     record(301, 310)
     assert run.tracker.close() == 0
 
@@ -66,7 +66,7 @@ def test_a_server_that_takes_seconds_for_every_request(tmp_path: Path, running: 
     for step in range(1, 501):
         run.record(step, {"train/loss": 1.0 / step})
     assert run.tracker.undelivered == 500, "the loop is over before the first request is answered"
-    assert run.tracker.close(timeout_s=60) == 0
+    assert run.tracker.close(timeout_s=120) == 0
     proxy.close()
     assert history(running.store, run.directory, "train/loss") == [(step, 1.0 / step) for step in range(1, 501)]
     assert fetch_run(running.store, run.directory).info.status == "FINISHED"
@@ -80,7 +80,7 @@ def test_replies_that_get_lost_double_nothing(tmp_path: Path, running: Server) -
     run = Incarnation(make_config(tmp_path, "lossy", parent="lossy-sweep"), uri=proxy.uri)
     for step in range(1, 3001):
         run.record(step, {"train/loss": 1.0 / step})
-    assert run.tracker.close(timeout_s=60) == 0
+    assert run.tracker.close(timeout_s=120) == 0
     proxy.close()
     assert proxy.lost == 10
     assert history(running.store, run.directory, "train/loss") == [(step, 1.0 / step) for step in range(1, 3001)]
