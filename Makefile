@@ -1,6 +1,7 @@
 # make train     the quickstart: environment, data, training, on any machine with Python 3.11 or newer
 # make test      everything that CI checks, without a GPU
 # make test-gpu  the tests that need a CUDA GPU
+# make bench-gpu all measurements of docs/performance.md, on a machine with CUDA GPUs
 # make docs-test every command of README.md and docs/
 # make lint, make format, make clean
 #
@@ -23,7 +24,7 @@ STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 CODE := kernels qsparse_layers moe pipeline launch tests docs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: env train test test-gpu docs-test lint format clean
+.PHONY: env train test test-gpu bench-gpu docs-test lint format clean
 
 env: $(STAMP)
 
@@ -42,6 +43,13 @@ test: lint
 
 test-gpu: env
 	pytest -m gpu
+
+bench-gpu: env
+	test -d data/stdlib || qsparse data prepare --source stdlib --output data/stdlib
+	qsparse bench kernels --output docs/performance
+	qsparse bench moe --output docs/performance
+	qsparse bench train --output docs/performance
+	qsparse bench trajectories --data data/stdlib --output docs/performance
 
 # The pages look at the run that the quickstart leaves behind.
 docs-test: env

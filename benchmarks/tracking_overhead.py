@@ -1,22 +1,29 @@
-"""What tracking costs a training loop: `python benchmarks/tracking_overhead.py [--server]`.
+"""What tracking costs a training loop: `python benchmarks/tracking_overhead.py [--server]` (Linux).
 
-A step is `--step-ms` of matrix products (numpy, which releases Python's lock as torch does); every `--log-interval`
-steps follow a record of `--metrics` numbers and a sample of system metrics.  Loops with and without tracking alternate.
-Reported are what the loop waits for in the calls themselves, and the difference of the mean step times, which also
-holds what the writer thread takes away from the loop.  Run directory and store are in a temporary folder.
+A step is `--step-ms` of the training thread's own CPU time in short calls that release Python's lock, as eager torch
+does; every `--log-interval` steps follow a record of `--metrics` numbers and a sample of system metrics.  Loops with
+and without tracking alternate.  Wall time would measure what else the machine does, so the kernel is asked how the
+thread spent it (/proc/self/task/*/schedstat): on a core, waiting for one, or else blocked, by a file or by Python's
+lock while another thread holds it.  The cost of tracking is the CPU time of its calls and all time blocked, less what
+the loop without tracking is blocked.  Run directory and store are in a temporary folder.
 """
 
 import argparse
+import hashlib
 import platform
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
-import numpy as np
+import psutil
 
 from pipeline.config import Config
 from pipeline.config_loader import dump_config
@@ -24,7 +31,40 @@ from pipeline.environment import git_commit
 from pipeline.metrics import MetricsLog
 from pipeline.run_directory import RunDirectory
 from pipeline.system_metrics import SystemMetrics
-from pipeline.tracking import NullTracker, Tracker, make_tracker
+from pipeline.tracking import Tracker, make_tracker
+
+CHUNK = bytes(1 << 15)  # some 20 to 100 us of hashing, without Python's lock
+
+
+@dataclass(frozen=True)
+class Spent:
+    """How this thread spent its time so far; seconds."""
+
+    wall: float
+    cpu: float
+    queued: float
+
+    @classmethod
+    def now(cls) -> Self:
+        """Until now."""
+        text = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text()
+        cpu, queued, _ = (int(word) / 1e9 for word in text.split())
+        return cls(time.perf_counter(), cpu, queued)
+
+    def since(self, begin: "Spent") -> tuple[float, float]:
+        """(on a core, blocked) seconds since `begin`."""
+        cpu, queued = self.cpu - begin.cpu, self.queued - begin.queued
+        return cpu, max(0.0, self.wall - begin.wall - cpu - queued)
+
+
+@dataclass
+class Loops:
+    """Measurements of all loops of a kind."""
+
+    steps: int = 0
+    blocked: float = 0.0
+    calls: list[float] = field(default_factory=list)
+    """CPU and blocked seconds within each record's calls."""
 
 
 def main() -> None:
@@ -48,64 +88,63 @@ def main() -> None:
 
 
 def _measure(root: Path, uri: str | None, arguments: argparse.Namespace) -> None:
-    products = _products_for(arguments.step_ms)
     config = Config.model_validate({"run": {"root": str(root), "name": "tracked"}, "tracking": {"uri": uri}})
     directory = RunDirectory(root / "tracked")
     directory.create(dump_config(config))
     log, system = MetricsLog(directory.metrics), SystemMetrics(root)
     tracker = make_tracker(config, directory, environment={})
     tracker.wait_ready()
-    steps: dict[str, list[float]] = {"tracked": [], "plain": []}
-    calls: list[float] = []
-    first = 1
+    time.sleep(5.0)  # the run is made, its configuration uploaded
+    tracked, plain = Loops(), Loops()
+    others = 0.0
     for _ in range(arguments.rounds):
-        times, waits = _loop(first, arguments, products, log, system, tracker)
-        steps["tracked"] += times
-        calls += waits
-        first += arguments.steps
+        before = _cpu_of_others()
+        _loop(tracked, arguments, (log, system, tracker))
         time.sleep(3.0)  # what is still queued must not burden the loop without tracking
-        steps["plain"] += _loop(0, arguments, products, None, None, NullTracker())[0]
+        others += _cpu_of_others() - before
+        _loop(plain, arguments, None)
     undelivered = tracker.close()
-    tracked, plain = statistics.fmean(steps["tracked"]), statistics.fmean(steps["plain"])
-    store = "server" if arguments.server else "SQLite"
-    print(
-        f"{store}, {arguments.metrics} numbers every {arguments.log_interval} steps, {len(steps['plain'])} steps each"
-    )
-    print(f"calls       median {1e3 * statistics.median(calls):.3f} ms, 99 % {1e3 * np.quantile(calls, 0.99):.3f} ms")
-    print(f"step        mean {1e3 * plain:.2f} ms plain, {1e3 * tracked:.2f} ms tracked: {tracked / plain - 1:+.2%}")
+    _report(tracked, plain, others, arguments)
     print(f"undelivered {undelivered}; commit {git_commit()}, Python {platform.python_version()}")
 
 
+def _report(tracked: Loops, plain: Loops, others: float, arguments: argparse.Namespace) -> None:
+    per_step = sum(tracked.calls) / tracked.steps
+    blocked, blocked_plain = tracked.blocked / tracked.steps, plain.blocked / plain.steps
+    cost = per_step + blocked - blocked_plain
+    store = "server" if arguments.server else "SQLite"
+    print(f"{store}, {arguments.metrics} numbers every {arguments.log_interval} steps; {tracked.steps} steps each")
+    quantile = statistics.quantiles(tracked.calls, n=100)[98]
+    print(f"calls    median {1e3 * statistics.median(tracked.calls):.3f} ms, 99 % {1e3 * quantile:.3f} ms per record")
+    print(f"blocked  {1e3 * blocked:.3f} ms per step outside of the calls, {1e3 * blocked_plain:.3f} without tracking")
+    print(f"cost     {1e3 * cost:.3f} ms per step of {arguments.step_ms:g} ms: {1e3 * cost / arguments.step_ms:.2%}")
+    print(f"beside   {1e3 * others / tracked.steps:.3f} ms CPU per step in other threads and processes of the trainer")
+
+
 def _loop(
-    first: int,
-    arguments: argparse.Namespace,
-    products: int,
-    log: MetricsLog | None,
-    system: SystemMetrics | None,
-    tracker: Tracker,
-) -> tuple[list[float], list[float]]:
-    matrix = np.ones((256, 256), dtype=np.float32)
-    steps, calls = [], []
-    for step in range(first, first + arguments.steps):
-        begun = time.perf_counter()
-        for _ in range(products):
-            matrix @ matrix
-        if log is not None and system is not None and step % arguments.log_interval == 0:
-            called = time.perf_counter()
+    loops: Loops, arguments: argparse.Namespace, tracking: tuple[MetricsLog, SystemMetrics, Tracker] | None
+) -> None:
+    for step in range(loops.steps + 1, loops.steps + arguments.steps + 1):
+        begin = Spent.now()
+        while Spent.now().cpu - begin.cpu < arguments.step_ms / 1e3:
+            for _ in range(20):
+                hashlib.sha256(CHUNK)
+        loops.blocked += Spent.now().since(begin)[1]
+        if tracking is not None and step % arguments.log_interval == 0:
+            log, system, tracker = tracking
+            begin = Spent.now()
             record = {f"layer_sparsity/layer.{i}": 1.0 / (step + i) for i in range(arguments.metrics)}
             record |= system.sample()
             tracker.log(record, step, time_ms=log.write(record, step))
-            calls.append(time.perf_counter() - called)
-        steps.append(time.perf_counter() - begun)
-    return steps, calls
+            loops.calls.append(sum(Spent.now().since(begin)))
+    loops.steps += arguments.steps
 
 
-def _products_for(milliseconds: float) -> int:
-    matrix = np.ones((256, 256), dtype=np.float32)
-    begun = time.perf_counter()
-    for _ in range(500):
-        matrix @ matrix
-    return max(1, round(500 * milliseconds / 1e3 / (time.perf_counter() - begun)))
+def _cpu_of_others() -> float:
+    """CPU seconds of all but this thread, and of children."""
+    process = psutil.Process()
+    times = [process.cpu_times(), *(child.cpu_times() for child in process.children(recursive=True))]
+    return sum(found.user + found.system for found in times) - time.thread_time()
 
 
 def _start_server(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
@@ -115,7 +154,14 @@ def _start_server(folder: Path) -> tuple[subprocess.Popen[bytes], str]:
     command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return server, f"http://127.0.0.1:{port}"
+    address = f"http://127.0.0.1:{port}"
+    while server.poll() is None:
+        try:
+            urllib.request.urlopen(f"{address}/health", timeout=2).close()
+            return server, address
+        except OSError:
+            time.sleep(0.5)
+    raise RuntimeError(f"{' '.join(command)} ended with exit code {server.returncode}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused import Activation, activated, check_input
+from kernels.dispatch import Activation
+from kernels.fused import activated, check_input
+from kernels.launch import cdiv, next_power_of_2
 
 _BLOCK = 2048
 
@@ -38,8 +40,8 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     rows, features = check_input(x, activation)
     y = torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)
     if y.numel():
-        block = min(_BLOCK, triton.next_power_of_2(features))
-        _activation_kernel[(rows.shape[0], triton.cdiv(features, block))](
+        block = min(_BLOCK, next_power_of_2(features))
+        _activation_kernel[(rows.shape[0], cdiv(features, block))](
             rows, y, rows.stride(0), features, ACTIVATION=activation, BLOCK=block, num_warps=4
         )
     return y

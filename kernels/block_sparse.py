@@ -8,7 +8,8 @@ A sparse matrix is `values` [tiles, rows, columns] in the row order of a `Topolo
 two others: a program owns one output tile and walks the nonzero tiles of its row (or column), so only those are read
 and multiplied.  Products with S^T walk the second index of the topology; the values are neither moved nor copied.
 
-Tiles of 128 x 128 keep the tensor cores busy; smaller ones follow a pattern more closely and lose speed.  bfloat16 sums
+Tiles of 128 x 128 keep the tensor cores busy, and on Hopper have kernels of their own (`block_sparse_hopper`); smaller
+ones follow a pattern more closely and lose speed.  bfloat16 sums
 in float32; int8 codes times ternary int8 sum in int32 (both contiguous along the sum, as Hopper's 8-bit products want)
 and meet the scales once, so the result is exact up to one rounding.
 """
@@ -23,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.block_sparse_hopper import hopper_sdd, hopper_sparse_dense, takes_sdd, takes_sum
+from kernels.gemm import has_hopper_kernel
 from kernels.tile_launch import (
     TileConfig,
     check_choice,
@@ -202,6 +205,7 @@ def sdd(
     _check_8_bit(a_MK, contiguous_sum=transposed, hint='b_layout="nk"')
     _check_scales(a_MK, ("a_scale_M", a_scale_M, M), ("b_scale_N", b_scale_N, N))
     check_same_device(a_MK=a_MK, b=b, row_offsets=topology.row_offsets, a_scale_M=a_scale_M, b_scale_N=b_scale_N)
+    on_hopper = config is None and has_hopper_kernel(a_MK.device) and takes_sdd(topology)
     narrow = topology.block[0] * topology.block[1] <= 128 * 128
     if a_MK.dtype == torch.int8:
         default = SDD_INT8_CONFIG if narrow else WIDE_SDD_INT8_CONFIG
@@ -209,7 +213,9 @@ def sdd(
         default = SDD_CONFIG if narrow else WIDE_SDD_CONFIG
     config = _config(config, default, a_MK.dtype, block_m=topology.block[0], block_n=topology.block[1])
     values = torch.empty(topology.capacity, *topology.block, dtype=stored_dtype(torch.bfloat16), device=a_MK.device)
-    if topology.capacity:
+    if topology.capacity and on_hopper:
+        hopper_sdd(a_MK, b, values, topology, b_k_major=transposed, a_scale_M=a_scale_M, b_scale_N=b_scale_N)
+    elif topology.capacity:
         b_tile = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
         _sdd_kernel[(config.num_programs(a_MK.device, topology.capacity),)](
             descriptor(a_MK, config.block_m, config.block_k), descriptor(b, *b_tile), values,
@@ -322,6 +328,7 @@ def _sparse_dense(
     line_block = topology.block[1 if over_rows else 0]
     sum_block = _sum_block(topology, over_rows)
     block_m, block_n = (line_block, 0) if left else (0, line_block)
+    on_hopper = config is None and has_hopper_kernel(dense.device) and takes_sum(topology, shape[1], dense, over_rows)
     if dense.dtype == torch.int8:
         default = DSD_INT8_CONFIG if left else DDS_INT8_CONFIG
     elif left:
@@ -332,6 +339,12 @@ def _sparse_dense(
     out = torch.empty(*shape, dtype=stored_dtype(torch.bfloat16), device=dense.device)
     if out.numel() == 0 or topology.capacity == 0:
         return out.to(torch.bfloat16).zero_()
+    if on_hopper:
+        hopper_sparse_dense(
+            values, dense, out, topology, left=left, over_rows=over_rows, dense_k_major=dense_is_nk or not left,
+            row_scale_M=row_scale, column_scale_N=column_scale,
+        )  # fmt: skip
+        return out
     if not left:
         dense_tile = (config.block_m, config.block_k)
     else:

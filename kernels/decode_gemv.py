@@ -3,7 +3,8 @@
 A warp's 32 lanes lie side by side along the outputs and take one feature's weights at a time, 128 bytes or more in one
 load.  Whether a feature is zero is then the same question for a whole warp, so skipping costs one predicate and needs
 no list of nonzeros; nothing has to be summed across lanes; and warps split the features.  All loads of a chunk are
-under way before the first one is used: at one token the time is latency as much as bytes.
+under way before the first one is used: at one token the time is latency as much as bytes.  Chunks are a loop, steps of
+a chunk are not: unrolling the chunks of sixteen tokens takes the compiler minutes.
 
 Ternary.  One feature's int32 word holds 16 outputs.  The byte-wise dot product of the integer units (dp4a) wants four
 features of one output in a word, which depend on nothing but the position: four words, one per feature of an aligned
@@ -121,7 +122,7 @@ def ternary_gemv_kernel(
     warp_LG = none + (split * WARPS + tl.arange(0, WARPS))[None, :]
     inside_LG = none + word_L[:, None] < WORDS_PER_ROW
     x_sum, first, second, third, fourth = none, (none,) * 4, (none,) * 4, (none,) * 4, (none,) * 4
-    for chunk in tl.static_range(CHUNKS):
+    for chunk in tl.range(CHUNKS, num_stages=1):
         group_LG = (warp_LG * CHUNKS + chunk) * STEPS
         row_ptr = words_ptr + group_LG.to(tl.int64) * (4 * WORDS_PER_ROW) + word_L[:, None]
         x = ()
@@ -188,16 +189,14 @@ def float_gemv_kernel(
     x_ptr += token * num_features
     x = _load_steps(x_ptr, warp_LG * CHUNKS * STEPS, num_features, STEPS)
     total_VLG = tl.zeros([8, 32, WARPS], tl.float32)
-    for chunk in tl.static_range(CHUNKS):
+    for chunk in tl.range(CHUNKS, num_stages=1):
         feature_LG = (warp_LG * CHUNKS + chunk) * STEPS
         row_ptr = weight_ptr + feature_LG.to(tl.int64)[None, :, :] * NUM_OUTPUTS + output_VL[:, :, None]
         weights = ()
         for step in tl.static_range(STEPS):
             wanted_VLG = (x[step] != 0)[None, :, :] & (output_VL < NUM_OUTPUTS)[:, :, None]
             weights += (tl.load(row_ptr + step * NUM_OUTPUTS, mask=wanted_VLG, other=0.0),)
-        later_x = x
-        if chunk + 1 < CHUNKS:
-            later_x = _load_steps(x_ptr, feature_LG + STEPS, num_features, STEPS)
+        later_x = _load_steps(x_ptr, feature_LG + STEPS, num_features, STEPS)  # for nothing in the last chunk
         for step in tl.static_range(STEPS):
             total_VLG += weights[step].to(tl.float32) * x[step][None, :, :]
         x = later_x

@@ -63,14 +63,63 @@ class Fused(Protocol):
         """Gradients of x and gain from the gradient behind the norm (or behind the activation)."""
 
 
+class Sharded(Protocol):
+    """Passes over rows whose features are spread over ranks, between the collectives; see `kernels.sharded`."""
+
+    def takes(self, x: Tensor, block: int | None) -> bool:
+        """Whether there are kernels for this type and these sizes."""
+
+    def row_absmax(self, x: Tensor) -> Tensor:
+        """max|x| of this rank's features, float32 [..., 1]."""
+
+    def local_codes(self, x: Tensor, gamma: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
+        """`Kernels.sparsify` of this rank's features under max|x| of the whole row."""
+
+    def count_codes(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes, scales, and how many codes have each magnitude."""
+
+    def keep_largest(self, codes: Tensor, counts: Tensor, kept: int, rank: int) -> Tensor:
+        """Mask the codes in place, given the counts of all ranks."""
+
+
+class ShardedNorm(Protocol):
+    """RMSNorm of rows whose features are spread over ranks, between the collectives; see `kernels.sharded_norm`."""
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether there are kernels for this type and size."""
+
+    def sum_squares(self, x: Tensor) -> Tensor:
+        """Of this rank's features, float32 [..., 1]."""
+
+    def normalize(
+        self, x: Tensor, squares: Tensor, gain: Tensor, num_features: int, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Normalized features, and 1/rms of the whole row [..., 1]."""
+
+    def gradient_dots(self, grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> Tensor:
+        """What the gradient of the norm sums over the features of the row, float32 [..., 1]."""
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, dots: Tensor, num_features: int
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of x and gain."""
+
+
 class Kernels(Protocol):
     """What a linear layer computes with."""
 
     fused: Fused | None
     """Forms fused with what precedes the layer; None: there are none."""
+    sharded: Sharded | None
+    """Passes of a row-parallel layer on several ranks; None: there are none."""
+    sharded_norm: ShardedNorm | None
+    """The norm in front of such a layer; None: there is none."""
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
         """int8 codes of the `kept` largest features (of each `block`; None: of the row) and scales [..., 1]."""
+
+    def largest(self, x: Tensor, kept: int, block: int | None) -> Tensor:
+        """`x` with all but the `kept` largest features (of each `block`; None: of the row) set to 0."""
 
     def linear(
         self, x: Tensor, weight: Tensor, *, x_scale: Tensor | None, weight_scale: Tensor | None, dtype: torch.dtype
@@ -103,6 +152,8 @@ class ReferenceKernels:
     """The ground truth, for CPUs, for float64, and to compare with."""
 
     fused: Fused | None = None
+    sharded: Sharded | None = None
+    sharded_norm: ShardedNorm | None = None
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
         """See `Kernels.sparsify`."""
@@ -110,8 +161,12 @@ class ReferenceKernels:
         codes = reference.absmax_codes(x, scale)
         if kept is None:
             return codes, scale
-        mask = reference.topk_mask(codes, kept) if block is None else reference.block_mask(codes, kept, block)
-        return reference.apply_mask(codes, mask), scale
+        return self.largest(codes, kept, block), scale
+
+    def largest(self, x: Tensor, kept: int, block: int | None) -> Tensor:
+        """See `Kernels.largest`."""
+        mask = reference.topk_mask(x, kept) if block is None else reference.block_mask(x, kept, block)
+        return reference.apply_mask(x, mask)
 
     def linear(
         self, x: Tensor, weight: Tensor, *, x_scale: Tensor | None, weight_scale: Tensor | None, dtype: torch.dtype
@@ -127,9 +182,18 @@ class ReferenceKernels:
         """See `Kernels.backward`."""
         if not e4m3:
             return ReferenceBackward(grad, weight, weight_scale)
-        if x_scale is None or weight.dtype != torch.int8:
-            raise ValueError("gradients=e4m3 needs weights=ternary and activations=int8")
-        return ReferenceE4M3Backward(grad, weight, weight_scale, x_scale)
+        return ReferenceE4M3Backward(grad, weight, weight_scale, e4m3_scale(weight, x_scale))
+
+
+def e4m3_scale(weight: Tensor, x_scale: Tensor | None) -> Tensor:
+    """`x_scale` of operands that have a backward pass in e4m3.
+
+    Raises:
+        ValueError: the weight or the input is not codes.
+    """
+    if x_scale is None or weight.dtype != torch.int8:
+        raise ValueError("gradients=e4m3 needs weights=ternary and activations=int8")
+    return x_scale
 
 
 class ReferenceBackward:
@@ -165,7 +229,7 @@ class ReferenceE4M3Backward:
         dx = self._scale * (self._codes @ self._weight.to(self._codes.dtype))
         if self._weight_scale is not None and self._weight_scale.numel() == 1:
             dx = dx * self._weight_scale
-        return dx.to(self._dtype).view(*self._shape[:-1], -1)
+        return dx.to(self._dtype).view(*self._shape[:-1], self._weight.shape[1])
 
     def wgrad(self, x: Tensor, x_scale: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
         """See `Backward.wgrad`; `x_scale` is the one given before."""

@@ -18,19 +18,19 @@ float32 and with it, rarely, the rounding of x.
 Shapes: T tokens, F features of the layer's input; the input has 2 F columns with a gated activation, else F.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import INTERPRETED, check_dtype, check_rows, row_options
+from kernels.dispatch import Activation
+from kernels.launch import INTERPRETED, check_dtype, check_rows
 from kernels.sparsify import check_kept, quarters
-from kernels.sparsify_triton import load_quarter, pack_codes, row_gamma, row_scale, store_largest
+from kernels.sparsify_triton import load_quarter, quarter_tile, store_codes
 
-Activation = Literal["relu2", "relu2_glu", "swiglu"]
-ACTIVATIONS: tuple[Activation, ...] = ("relu2", "relu2_glu", "swiglu")
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 MAX_FEATURES = 16384
 GAINS = (torch.bfloat16, torch.float32)
 
@@ -89,19 +89,13 @@ def _normalized(a, rstd, gain_ptr, index, quarter, features, part: tl.constexpr,
 
 
 @triton.jit
-def _fused_kernel(
-    x_ptr, gain_ptr, codes_ptr, scale_ptr, rstd_ptr, row_stride, features, quarter, kept, eps,
+def fuse_row(
+    x_row, gain_ptr, codes_ptr, scale_ptr, rstd_ptr, row, features, quarter, kept, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SPARSE: tl.constexpr,
     ACTIVATION: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """One token; tiles as in `sparsify._sparsify_kernel`."""
-    row = tl.program_id(0).to(tl.int64)
-    line = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    width: tl.constexpr = BLOCK if BLOCK > 0 else COLUMNS
-    index = line * width + column
-    mask = (index < quarter) & (column < width)
-    x_row = x_ptr + row * row_stride
+    """One token: its input at `x_row`, its results in row `row`; tiles as in `sparsify._sparsify_kernel`."""
+    index, mask = quarter_tile(quarter, ROWS, COLUMNS, BLOCK)
     a0 = _input_quarter(x_row, index, quarter, features, 0, mask, ACTIVATION)
     a1 = _input_quarter(x_row, index, quarter, features, 1, mask, ACTIVATION)
     a2 = _input_quarter(x_row, index, quarter, features, 2, mask, ACTIVATION)
@@ -114,12 +108,23 @@ def _fused_kernel(
         a1 = _normalized(a1, rstd, gain_ptr, index, quarter, features, 1, mask)
         a2 = _normalized(a2, rstd, gain_ptr, index, quarter, features, 2, mask)
         a3 = _normalized(a3, rstd, gain_ptr, index, quarter, features, 3, mask)
-    gamma = row_gamma(a0, a1, a2, a3)
-    scale = row_scale(gamma)
-    tl.store(scale_ptr + row, scale)
-    codes = pack_codes(a0, a1, a2, a3, gamma, scale, True)
-    out_row = codes_ptr + row * features
-    store_largest(codes, out_row, index, quarter, features, mask, kept, SPARSE, BLOCK)
+    store_codes(
+        a0, a1, a2, a3, codes_ptr, scale_ptr, row, index, quarter, features, mask, kept,
+        SPARSE, BLOCK, True,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fused_kernel(
+    x_ptr, gain_ptr, codes_ptr, scale_ptr, rstd_ptr, row_stride, features, quarter, kept, eps,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SPARSE: tl.constexpr,
+    ACTIVATION: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    fuse_row(
+        x_ptr + row * row_stride, gain_ptr, codes_ptr, scale_ptr, rstd_ptr, row, features, quarter, kept, eps,
+        ROWS, COLUMNS, BLOCK, SPARSE, ACTIVATION, NORM,
+    )  # fmt: skip
 
 
 def sparsify(
@@ -168,19 +173,24 @@ def sparsify(
         ROWS=lines, COLUMNS=columns, BLOCK=block if block and kept is not None else 0,
         SPARSE=kept is not None and kept < (block or features),
         ACTIVATION=activation or "", NORM=gain is not None,
-        **(launch or _options(lines * columns)),
+        **(launch or fused_options(lines * columns, gated=rows.shape[1] > features, norm=gain is not None)),
     )  # fmt: skip
     return Sparsified(codes, scale, rstd)
 
 
-def _options(words: int) -> dict[str, int]:
-    """Launch options for a row of `words` words of four codes: as for quantization alone, as long as nothing spills.
+def fused_options(words: int, *, gated: bool, norm: bool) -> dict[str, int]:
+    """Launch options for a row of `words` words of four codes.
 
-    Above 8192 features that would be 8 warps of 80 registers, and up to 50 of a thread's values would spill.
+    Two inputs per feature want 8 words per thread, one wants 16, up to the registers that leave room for two rows on a
+    multiprocessor.  Measured on an H100: half the warps take 1.5 times as long in the gated forms.
     """
-    if words <= 2048:
-        return row_options(words)
-    return {"num_warps": 16} | ({} if INTERPRETED else {"maxnreg": 64})
+    if gated:
+        warps = max(1, min(16, words // 256))
+        cap = 64 if warps == 16 else None
+    else:
+        warps = max(1, min(8, words // 512))
+        cap = 96 if warps < 8 else 128 if norm else 80
+    return {"num_warps": warps} | ({} if INTERPRETED or cap is None else {"maxnreg": cap})
 
 
 def check_input(x: Tensor, activation: Activation | None) -> tuple[Tensor, int]:

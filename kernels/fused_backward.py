@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.fused import MAX_FEATURES, Activation, activated, check_gain, check_input, gate_value
-from kernels.launch import INTERPRETED, check_dtype, check_rows, multiprocessors
+from kernels.dispatch import Activation
+from kernels.fused import MAX_FEATURES, activated, check_gain, check_input, gate_value
+from kernels.launch import INTERPRETED, cdiv, check_dtype, check_rows, multiprocessors, next_power_of_2
 
 _CHUNK = 2048
 """Features per program of the kernel without a reduction."""
@@ -211,8 +212,8 @@ def backward(
 
 
 def _launch_activation(grad: Tensor, rows: Tensor, dx: Tensor, features: int, activation: Activation | None) -> None:
-    block = min(_CHUNK, triton.next_power_of_2(features))
-    _activation_kernel[(rows.shape[0], triton.cdiv(features, block))](
+    block = min(_CHUNK, next_power_of_2(features))
+    _activation_kernel[(rows.shape[0], cdiv(features, block))](
         grad, rows, dx, grad.stride(0), rows.stride(0), features, BLOCK=block, ACTIVATION=activation, num_warps=8
     )
 
@@ -246,7 +247,7 @@ def norm_launch(features: int) -> NormLaunch:
 
 def _piece(features: int) -> int:
     """A quarter of a row, rounded up to a power of two."""
-    return triton.next_power_of_2(triton.cdiv(features, 4))
+    return next_power_of_2(cdiv(features, 4))
 
 
 def _check_no_norm(activation: Activation | None, gain: Tensor | None, rstd: Tensor | None) -> None:

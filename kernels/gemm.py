@@ -23,10 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.launch import INTERPRETED, check_dtype, multiprocessors
+from kernels.launch import ALIGNMENT, INTERPRETED, check_dtype, multiprocessors
 
 BYTES_8 = (torch.int8, torch.float8_e4m3fn)
-TMA_ALIGNMENT = 16
 _MAX_EXACT_INT8 = 2**24 // 128
 """Terms up to which a sum of int8 x ternary products fits float32."""
 
@@ -193,8 +192,7 @@ def gemm(
     _check(a, b, c, (m, n, k), a_k_major and b_k_major)
     programs = multiprocessors(a.device)
     if kernel is None and has_hopper_kernel(a.device) and _hopper_takes(a.dtype, c.dtype, accumulate):
-        hopper = importlib.import_module("kernels.gemm_hopper").hopper_gemm
-        hopper(
+        _hopper_gemm()(
             a, b, c, a_k_major=a_k_major, b_k_major=b_k_major, accumulate=accumulate,
             a_scale=_scale(a_scale, (m,), "a_scale"), b_scale=_scale(b_scale, (n, 1), "b_scale"),
         )  # fmt: skip
@@ -216,6 +214,11 @@ def has_hopper_kernel(device: torch.device) -> bool:
     if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     return importlib.util.find_spec("triton.experimental.gluon") is not None
+
+
+@cache
+def _hopper_gemm() -> Any:
+    return importlib.import_module("kernels.gemm_hopper").hopper_gemm
 
 
 def _hopper_takes(operands: torch.dtype, result: torch.dtype, accumulate: bool) -> bool:
@@ -267,9 +270,9 @@ def unaligned(matrix: Tensor) -> str:
     """Why the tensor memory accelerator cannot read this matrix; empty if it can."""
     if matrix.numel() and matrix.stride(1) != 1:
         return f"has stride {matrix.stride(1)} along its rows, the kernel takes 1: call .contiguous()"
-    if matrix.stride(0) * matrix.element_size() % TMA_ALIGNMENT:
+    if matrix.stride(0) * matrix.element_size() % ALIGNMENT:
         row_bytes = matrix.stride(0) * matrix.element_size()
-        return f"has rows of {row_bytes} bytes, the kernel takes multiples of {TMA_ALIGNMENT}"
-    if matrix.data_ptr() % TMA_ALIGNMENT:
-        return f"does not start at a multiple of {TMA_ALIGNMENT} bytes"
+        return f"has rows of {row_bytes} bytes, the kernel takes multiples of {ALIGNMENT}"
+    if matrix.data_ptr() % ALIGNMENT:
+        return f"does not start at a multiple of {ALIGNMENT} bytes"
     return ""

@@ -8,6 +8,7 @@ stored, the first steps of the next one are already arriving.  bf16 results leav
 which may be added to what is there, are written from registers, where a quad's 8 columns fill a 32-byte sector.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.compiled import CompiledForms
 from kernels.launch import multiprocessors
 
 BLOCK_M, BLOCK_N, STEP_BYTES = 128, 256, 128
@@ -33,7 +35,7 @@ _GL_TYPES = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.bflo
 
 
 @gluon.jit
-def _tile_origin(tile, tiles_m, tiles_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
+def tile_origin(tile, tiles_m, tiles_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
     """First row and column of a tile; tiles go down GROUP_M rows before the next column."""
     group = tile // (GROUP_M * tiles_n)
     first = group * GROUP_M
@@ -93,7 +95,7 @@ def _hopper_gemm_kernel(
 
     next_tile = first_tile
     next_step = 0
-    next_row, next_column = _tile_origin(next_tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
+    next_row, next_column = tile_origin(next_tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
     for i in gl.static_range(STAGES - 1):
         _load_step(
             a_desc, b_desc, next_row, next_column, next_step * BLOCK_K,
@@ -103,7 +105,7 @@ def _hopper_gemm_kernel(
         if next_step == steps:
             next_step = 0
             next_tile += PROGRAMS
-            next_row, next_column = _tile_origin(next_tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
+            next_row, next_column = tile_origin(next_tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
 
     done = 0
     for tile in range(first_tile, tiles_m * tiles_n, PROGRAMS):
@@ -130,10 +132,10 @@ def _hopper_gemm_kernel(
             if next_step == steps:
                 next_step = 0
                 next_tile += PROGRAMS
-                next_row, next_column = _tile_origin(next_tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
+                next_row, next_column = tile_origin(next_tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
         acc = warpgroup_mma_wait(0, deps=(acc,))
 
-        row, column = _tile_origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
+        row, column = tile_origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
         values = acc.to(gl.float32)
         rows = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
         columns = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
@@ -180,17 +182,35 @@ def hopper_gemm(
     (block_m, block_n), block_k = block, STEP_BYTES // a.element_size()
     float32 = c.dtype == torch.float32
     programs = min(multiprocessors(a.device), -(-m // block_m) * -(-n // block_n))
-    _hopper_gemm_kernel[(programs,)](
-        _descriptor(a, (block_m, block_k) if a_k_major else (block_k, block_m)),
-        _descriptor(b, (block_n, block_k) if b_k_major else (block_k, block_n)),
-        None if float32 else _descriptor(c, (block_m, block_n // 2)),
+    arguments = (
+        hopper_descriptor(a, (block_m, block_k) if a_k_major else (block_k, block_m)),
+        hopper_descriptor(b, (block_n, block_k) if b_k_major else (block_k, block_n)),
+        None if float32 else hopper_descriptor(c, (block_m, block_n // 2)),
         c if float32 else None, a_scale, b_scale, m, n, k, c.stride(0),
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, A_K_MAJOR=a_k_major, B_K_MAJOR=b_k_major,
-        A_SCALE=0 if a_scale is None else 1, B_SCALE=0 if b_scale is None else 2 if b_scale.numel() == 1 else 1,
-        FLOAT32=float32, ACCUMULATE=accumulate, GROUP_M=group, STAGES=stages, PROGRAMS=programs, num_warps=warps,
     )  # fmt: skip
+    constants = {
+        "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "A_K_MAJOR": a_k_major, "B_K_MAJOR": b_k_major,
+        "A_SCALE": 0 if a_scale is None else 1, "B_SCALE": 0 if b_scale is None else 2 if b_scale.numel() == 1 else 1,
+        "FLOAT32": float32, "ACCUMULATE": accumulate, "GROUP_M": group, "STAGES": stages, "PROGRAMS": programs,
+        "num_warps": warps,
+    }  # fmt: skip
+    _forms.launch(programs, arguments, constants)
 
 
-def _descriptor(matrix: Tensor, block: tuple[int, int]) -> Any:
-    layout = gl.NVMMASharedLayout.get_default_for(list(block), _GL_TYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, list(block), layout)
+_forms = CompiledForms(_hopper_gemm_kernel)
+
+
+def hopper_descriptor(matrix: Tensor, block: tuple[int, int]) -> Any:
+    """`TensorDescriptor` of a matrix that starts, and whose rows start, at multiples of 16 bytes.
+
+    Built without the class's own checks, which take longer than all else here.
+    """
+    described = TensorDescriptor.__new__(TensorDescriptor)
+    described.base, described.shape, described.strides = matrix, matrix.shape, matrix.stride()
+    described.block_shape, described.layout, described.padding = list(block), _layout(block, matrix.dtype), "zero"
+    return described
+
+
+@cache
+def _layout(block: tuple[int, int], dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _GL_TYPES[dtype])

@@ -24,15 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import check_dtype, check_rows
+from kernels.launch import ALIGNMENT, cdiv, check_dtype, check_rows, next_power_of_2
 from kernels.sparsify_triton import larger
 
 _E4M3_MAX = tl.constexpr(448.0)
 _TINY = tl.constexpr(1e-30)
 TILE_TOKENS, TILE_FEATURES, TILE_WARPS = 128, 64, 4
 """Tile of the transposing kernels: both sides write whole 32-byte sectors."""
-_TOKEN_ALIGNMENT = 16
-"""Rows of a transposed operand start at multiples of 16 bytes, as the tensor memory accelerator asks."""
 
 
 @triton.jit
@@ -145,12 +143,12 @@ def quantize_gradient(grad: Tensor, x_scale: Tensor, weight_scale: Tensor | None
     common = torch.zeros(1, dtype=torch.float32, device=grad.device)
     if codes.numel():
         scaled = weight_scale is not None
-        chunk = min(4096, triton.next_power_of_2(outputs))
+        chunk = min(4096, next_power_of_2(outputs))
         _gradient_scale_kernel[(tokens,)](
             grad, weight_scale, x_scale, scale, common, outputs, grad.stride(0),
             SCALED=scaled, CHUNK=chunk, num_warps=max(1, chunk // 1024),
         )  # fmt: skip
-        _quantize_gradient_kernel[(triton.cdiv(tokens, TILE_TOKENS), triton.cdiv(outputs, TILE_FEATURES))](
+        _quantize_gradient_kernel[(cdiv(tokens, TILE_TOKENS), cdiv(outputs, TILE_FEATURES))](
             grad, weight_scale, scale, codes.view(torch.int8), transposed.view(torch.int8),
             tokens, outputs, grad.stride(0), transposed.stride(0),
             TOKENS=TILE_TOKENS, OUTPUTS=TILE_FEATURES, SCALED=scaled, num_warps=TILE_WARPS,
@@ -172,7 +170,7 @@ def _transpose(codes: Tensor, x_scale: Tensor | None, gradient: QuantizedGradien
     rows, columns = check_rows(codes, "codes", 2**31 - 1, (torch.int8,)).shape
     out = _token_contiguous(columns, rows, codes.device)
     if codes.numel():
-        _transpose_codes_kernel[(triton.cdiv(rows, TILE_TOKENS), triton.cdiv(columns, TILE_FEATURES))](
+        _transpose_codes_kernel[(cdiv(rows, TILE_TOKENS), cdiv(columns, TILE_FEATURES))](
             codes, out.view(torch.int8), x_scale,
             None if gradient is None else gradient.scale_T1, None if gradient is None else gradient.common,
             rows, columns, codes.stride(0), out.stride(0),
@@ -182,7 +180,7 @@ def _transpose(codes: Tensor, x_scale: Tensor | None, gradient: QuantizedGradien
 
 
 def _token_contiguous(rows: int, tokens: int, device: torch.device) -> Tensor:
-    padded = triton.cdiv(tokens, _TOKEN_ALIGNMENT) * _TOKEN_ALIGNMENT
+    padded = cdiv(tokens, ALIGNMENT) * ALIGNMENT
     return torch.empty(rows, padded, dtype=torch.float8_e4m3fn, device=device)[:, :tokens]
 
 
@@ -191,8 +189,8 @@ def dequantize(codes: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.b
     rows, features = check_rows(codes, "codes", 2**31 - 1, (torch.int8,)).shape
     out = torch.empty(rows, features, dtype=dtype, device=codes.device)
     if out.numel():
-        width = min(4096, triton.next_power_of_2(features))
-        _dequantize_kernel[(rows, triton.cdiv(features, width))](
+        width = min(4096, next_power_of_2(features))
+        _dequantize_kernel[(rows, cdiv(features, width))](
             codes, scale, out, features, codes.stride(0),
             SCALE=0 if scale is None else 1, FEATURES=width, num_warps=max(1, min(8, width // 512)),
         )  # fmt: skip

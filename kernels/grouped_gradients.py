@@ -37,7 +37,7 @@ TILE_FEATURES, TILE_WARPS = 64, 4
 
 
 @triton.jit
-def _expert_of(offsets_E1, position, E: tl.constexpr, EXPERTS: tl.constexpr):
+def expert_of(offsets_E1, position, E: tl.constexpr, EXPERTS: tl.constexpr):
     """Expert whose range holds `position`; E past the last."""
     experts = tl.arange(0, EXPERTS)
     ends = tl.load(offsets_E1 + experts + 1, mask=experts < E, other=2**31 - 1)
@@ -60,7 +60,7 @@ def _scale_kernel(
 ):  # fmt: skip
     """Scale of one token, and its part in the common scale of its expert."""
     token = tl.program_id(0)
-    expert = _expert_of(offsets_E1, token, E, EXPERTS)
+    expert = expert_of(offsets_E1, token, E, EXPERTS)
     row_ptr = grad_ptr + token.to(tl.int64) * outputs
     amax = tl.zeros([CHUNK], tl.float32)
     for start in range(0, outputs, CHUNK):
@@ -77,7 +77,7 @@ def _scale_kernel(
 @triton.jit
 def _tokens_of_tile(offsets_E1, padded_E1, E: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr):
     """(expert of this program's columns or E, columns, their tokens, which of them are tokens)."""
-    expert = _expert_of(padded_E1, tl.program_id(0) * TOKENS, E, EXPERTS)
+    expert = expert_of(padded_E1, tl.program_id(0) * TOKENS, E, EXPERTS)
     column = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     at = tl.minimum(expert, E - 1)
     token = column - tl.load(padded_E1 + at) + tl.load(offsets_E1 + at)

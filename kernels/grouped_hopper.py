@@ -165,7 +165,8 @@ def _grouped_kernel(
     """scale [E, PARTS] lies over the columns, the rows of dW or the sum (PARTS_OF "n", "m", "k"), or is absent ("").
 
     Rows: A [T, k], C [T, n], and B [E * n, k] or, with EXPERT_IN_K, [n, E * k] ([E * k, n] unless B_K_MAJOR).
-    Sums: A [m, k], B [n, k] with k the padded columns, C [E * m, n].
+    Sums: A [m, k], B [n, k] with k the padded columns, C [E * m, n]; with ACCUMULATE `c_ptr` holds the address of each
+    expert's float32 [m, n].
     """
     INTEGER: gl.constexpr = a_desc.dtype == gl.int8
     ACC: gl.constexpr = gl.int32 if INTEGER else gl.float32
@@ -248,11 +249,14 @@ def _grouped_kernel(
                 values *= row_scale
         elif PARTS_OF != "":
             values *= scale
-        if DIRECT:
+        if ACCUMULATE:
+            inside = (in_m < m).expand_dims(1) & (columns < n).expand_dims(0)
+            owner = gl.multiple_of(gl.load(c_ptr + expert).to(gl.pointer_type(gl.float32)), 16)
+            target = owner + in_m.to(gl.int64).expand_dims(1) * n + columns.expand_dims(0)
+            gl.store(target, values + gl.load(target, mask=inside, other=0.0), mask=inside)
+        elif DIRECT:
             inside = (rows < limit).expand_dims(1) & (columns < n).expand_dims(0)
             target = c_ptr + rows.to(gl.int64).expand_dims(1) * n + columns.expand_dims(0)
-            if ACCUMULATE:
-                values += gl.load(target, mask=inside, other=0.0).to(gl.float32)
             gl.store(target, values.to(c_ptr.dtype.element_ty), mask=inside)
         else:
             left, right = values.to(c_desc.dtype).reshape([BLOCK_M, 2, BLOCK_N // 2]).permute(0, 2, 1).split()
@@ -295,14 +299,19 @@ def hopper_rows(
 
 
 def hopper_sums(
-    grad_OT: Tensor, x_DT: Tensor, dw_EOD: Tensor, padded_offsets: Tensor, *, scale_EP: Tensor, accumulate: bool,
-    tile: HopperTile,
+    grad_OT: Tensor, x_DT: Tensor, padded_offsets: Tensor, target: Tensor, sizes: tuple[int, int, int], *,
+    scale_EP: Tensor, tile: HopperTile,
 ) -> None:  # fmt: skip
-    """Write dW [E, O, D], float32 or bfloat16, or add to it; arguments as checked by `grouped_wgrad_fp8`."""
-    experts, m, n = dw_EOD.shape
+    """Write dW [E, O, D], float32 or bfloat16, to `target`; or add it to the float32 [O, D] at the addresses in it.
+
+    Arguments as checked by `grouped_wgrad_fp8`; `sizes` are E, O, D.
+    """
+    experts, m, n = sizes
+    accumulates = target.dtype == torch.int64
     _launch(
-        grad_OT, x_DT, dw_EOD.view(experts * m, n), padded_offsets, None, scale_EP, (m, n, grad_OT.shape[1]), tile,
-        SUMS=True, EXPERT_IN_K=False, B_K_MAJOR=True, PARTS_OF="m", ACCUMULATE=accumulate,
+        grad_OT, x_DT, target if accumulates else target.view(experts * m, n), padded_offsets, None, scale_EP,
+        (m, n, grad_OT.shape[1]), tile,
+        SUMS=True, EXPERT_IN_K=False, B_K_MAJOR=True, PARTS_OF="m", ACCUMULATE=accumulates,
     )  # fmt: skip
 
 
@@ -312,7 +321,7 @@ def _launch(
 ) -> None:  # fmt: skip
     block_k = HOPPER_STEP_BYTES // a.element_size()
     programs = multiprocessors(a.device) * tile.programs_per_sm  # whatever the counts: one compilation
-    through_tma = c.dtype == torch.bfloat16 and not options["ACCUMULATE"]
+    through_tma = c.dtype == torch.bfloat16
     _grouped_kernel[(programs,)](
         _descriptor(a, tile.block_m, block_k),
         _descriptor(b, tile.block_n, block_k) if options["B_K_MAJOR"] else _descriptor(b, block_k, tile.block_n),

@@ -21,6 +21,7 @@ Shapes: T token copies, Tp padded token columns, E experts, O output features, D
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: SIM102 - O is a dimension; compile-time branches stay statements
 import importlib
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -68,9 +69,10 @@ def _grouped_wgrad_kernel(
     WIDEN: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """dw[e] (+)= scale[e] a[e] b[e]; PARTS scales over the rows, 0: none.
+    """dw[e] = scale[e] a[e] b[e]; PARTS scales over the rows, 0: none.
 
-    Operands [tokens, features], or [features, tokens] when K_CONTIGUOUS (padded experts).
+    Operands [tokens, features], or [features, tokens] when K_CONTIGUOUS (padded experts).  With ACCUMULATE `dw_EMN`
+    holds the address of each expert's float32 gradient, to which the product is added.
     """
     ROW_TILES: tl.constexpr = (M + BLOCK_M - 1) // BLOCK_M
     COLUMN_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -100,16 +102,39 @@ def _grouped_wgrad_kernel(
             b = tl.where(own[:, None], b, tl.zeros_like(b))  # both: zero times a neighbour's infinity is no zero
             acc = dot_tiles(a.T, b, acc, WIDEN)
     rows = row + tl.arange(0, BLOCK_M)
-    columns = column + tl.arange(0, BLOCK_N)
     if PARTS == 1:
         acc = acc * tl.load(scale_EP + expert)
     elif PARTS > 1:
         acc = acc * tl.load(scale_EP + expert * PARTS + tl.minimum(rows // (M // PARTS), PARTS - 1))[:, None]
-    mask = (rows < M)[:, None] & (columns < N)[None, :]
-    at = dw_EMN + expert.to(tl.int64) * M * N + rows.to(tl.int64)[:, None] * N + columns[None, :]
     if ACCUMULATE:
-        acc += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(at, acc.to(dw_EMN.dtype.element_ty), mask=mask)
+        target = tl.multiple_of(tl.load(dw_EMN + expert).to(tl.pointer_type(tl.float32)), 16)
+        # A quarter at a time: registers do not hold the sum and all of what it is added to.
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+        _add_halves(left, target, rows, column, M, N, HALF)
+        _add_halves(right, target, rows, column + HALF, M, N, HALF)
+    else:
+        columns = column + tl.arange(0, BLOCK_N)
+        mask = (rows < M)[:, None] & (columns < N)[None, :]
+        target = dw_EMN + expert.to(tl.int64) * M * N + rows.to(tl.int64)[:, None] * N + columns[None, :]
+        tl.store(target, acc.to(dw_EMN.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _add_halves(values, target, rows, column, M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
+    """target[rows, column...] += values [BM, WIDTH], one half after the other."""
+    HALF: tl.constexpr = WIDTH // 2
+    left, right = tl.split(tl.permute(tl.reshape(values, (values.shape[0], 2, HALF)), (0, 2, 1)))
+    _add(left, target, rows, column, M, N, HALF)
+    _add(right, target, rows, column + HALF, M, N, HALF)
+
+
+@triton.jit
+def _add(values, target, rows, column, M: tl.constexpr, N: tl.constexpr, WIDTH: tl.constexpr):
+    columns = column + tl.arange(0, WIDTH)
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    at = target + rows.to(tl.int64)[:, None] * N + columns[None, :]
+    tl.store(at, values + tl.load(at, mask=mask, other=0.0), mask=mask)
 
 
 def grouped_wgrad(
@@ -117,22 +142,22 @@ def grouped_wgrad(
     x_TD: Tensor,
     offsets: Tensor,
     *,
-    main_grad_EOD: Tensor | None = None,
+    main_grads: Sequence[Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     config: TileConfig = WGRAD_CONFIG,
-) -> Tensor:
+) -> Tensor | None:
     """dW[e] = dY^T x over the tokens of each expert, float32 sums.
 
     Args:
         grad_TO: bfloat16 gradient of the output, sorted by expert; O is a multiple of 8.
         x_TD: bfloat16 input that the forward multiplied, its row scale folded in; D is a multiple of 8.
         offsets: int32 [E + 1], first row of each expert and T at the end, non-decreasing; stays on the device.
-        main_grad_EOD: float32 or bfloat16 buffer that the gradient is added to, in place; absent: a new tensor.
+        main_grads: float32 [O, D] of each expert that the gradient is added to, wherever it lies; absent: a new tensor.
         dtype: type of the new tensor, float32 or bfloat16.
         config: tile shape.
 
     Returns:
-        [E, O, D]; an expert without tokens contributes zeros.
+        [E, O, D], zeros for an expert without tokens; None if it was added to `main_grads`.
 
     Raises:
         ValueError: a wrong dtype, shape, layout, alignment or device.
@@ -140,7 +165,7 @@ def grouped_wgrad(
     check_operand("grad_TO", grad_TO, dtype=torch.bfloat16, shape=(None, None))
     check_operand("x_TD", x_TD, dtype=torch.bfloat16, shape=(grad_TO.shape[0], None))
     check_tensor("offsets", offsets, dtype=torch.int32, shape=(None,))
-    return _wgrad(grad_TO, x_TD, offsets, None, main_grad_EOD, dtype, config, k_contiguous=False)
+    return _wgrad(grad_TO, x_TD, offsets, None, main_grads, dtype, config, k_contiguous=False)
 
 
 def grouped_wgrad_fp8(
@@ -149,10 +174,10 @@ def grouped_wgrad_fp8(
     padded_offsets: Tensor,
     *,
     scale_EP: Tensor,
-    main_grad_EOD: Tensor | None = None,
+    main_grads: Sequence[Tensor] | None = None,
     dtype: torch.dtype = torch.float32,
     config: TileConfig | HopperTile | None = None,
-) -> Tensor:
+) -> Tensor | None:
     """dW[e] = scale[e] dY^T x from transposed FP8 codes, as `grouped_gradients` writes them.
 
     Args:
@@ -160,12 +185,12 @@ def grouped_wgrad_fp8(
         x_DT: float8_e4m3fn [D, Tp], padded alike.
         padded_offsets: int32 [E + 1], first column of each expert, multiples of 128.
         scale_EP: float32 scale of each expert's P equal ranges of output features; P divides O.
-        main_grad_EOD: float32 or bfloat16 buffer that the gradient is added to, in place; absent: a new tensor.
+        main_grads: float32 [O, D] of each expert that the gradient is added to, wherever it lies; absent: a new tensor.
         dtype: type of the new tensor, float32 or bfloat16.
         config: tile shape of the portable or of the Hopper kernel; absent: a measured one of the best that runs here.
 
     Returns:
-        [E, O, D]; an expert without tokens contributes zeros.
+        [E, O, D], zeros for an expert without tokens; None if it was added to `main_grads`.
 
     Raises:
         ValueError: a wrong dtype, shape, layout, alignment or device.
@@ -180,32 +205,30 @@ def grouped_wgrad_fp8(
     tile = chosen_tile(config, WGRAD_FP8_CONFIG, x_DT.shape[0], grad_OT.device)
     if isinstance(tile, TileConfig) and TOKEN_PAD % tile.block_k:
         raise ValueError(f"block_k={tile.block_k}: expected a divisor of the token padding, {TOKEN_PAD}")
-    return _wgrad(grad_OT, x_DT, padded_offsets, scale_EP, main_grad_EOD, dtype, tile, k_contiguous=True)
+    return _wgrad(grad_OT, x_DT, padded_offsets, scale_EP, main_grads, dtype, tile, k_contiguous=True)
 
 
 def _wgrad(
-    grad: Tensor, x: Tensor, offsets: Tensor, scale_EP: Tensor | None, main_grad: Tensor | None, dtype: torch.dtype,
-    config: TileConfig | HopperTile, *, k_contiguous: bool,
-) -> Tensor:  # fmt: skip
-    check_same_device(grad=grad, x=x, offsets=offsets, scale_EP=scale_EP, main_grad=main_grad)
+    grad: Tensor, x: Tensor, offsets: Tensor, scale_EP: Tensor | None, main_grads: Sequence[Tensor] | None,
+    dtype: torch.dtype, config: TileConfig | HopperTile, *, k_contiguous: bool,
+) -> Tensor | None:  # fmt: skip
+    check_same_device(grad=grad, x=x, offsets=offsets, scale_EP=scale_EP)
     feature_dim, token_dim = (0, 1) if k_contiguous else (1, 0)
     E, O, D = offsets.shape[0] - 1, grad.shape[feature_dim], x.shape[feature_dim]
-    floats = (torch.float32, torch.bfloat16)
     if E < 1:
         raise ValueError(f"offsets: {E + 1} elements, expected one more than there are experts")
-    if dtype not in floats:
+    if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: {dtype}, expected torch.float32 or torch.bfloat16")
-    if main_grad is not None:
-        check_tensor("main_grad_EOD", main_grad, dtype=floats, shape=(E, O, D))
+    target = None if main_grads is None else _addresses(main_grads, (E, O, D), grad.device)
     if grad.shape[token_dim] == 0:
-        return grad.new_zeros(E, O, D, dtype=dtype) if main_grad is None else main_grad
-    result = torch.empty(E, O, D, dtype=dtype, device=grad.device) if main_grad is None else main_grad
+        return grad.new_zeros(E, O, D, dtype=dtype) if target is None else None
+    result = torch.empty(E, O, D, dtype=dtype, device=grad.device) if target is None else None
     if isinstance(config, HopperTile):
         importlib.import_module("kernels.grouped_hopper").hopper_sums(
-            grad, x, result, offsets, scale_EP=scale_EP, accumulate=main_grad is not None, tile=config
+            grad, x, offsets, result if target is None else target, (E, O, D), scale_EP=scale_EP, tile=config
         )
         return result
-    stored = result.to(stored_dtype(result.dtype))  # itself, but for bfloat16 in the interpreter
+    stored = target if result is None else result.to(stored_dtype(dtype))  # itself, but for bf16 in the interpreter
 
     def tile(features: int) -> tuple[int, int]:
         return (features, config.block_k) if k_contiguous else (config.block_k, features)
@@ -213,9 +236,21 @@ def _wgrad(
     _grouped_wgrad_kernel[(E * triton.cdiv(O, config.block_m) * triton.cdiv(D, config.block_n),)](
         descriptor(grad, *tile(config.block_m)), descriptor(x, *tile(config.block_n)), stored, offsets, scale_EP,
         M=O, N=D, K_CONTIGUOUS=k_contiguous, PARTS=0 if scale_EP is None else scale_EP.shape[1],
-        ACCUMULATE=main_grad is not None, GROUP_M=config.group_m, **launch_options(grad, config),
+        ACCUMULATE=target is not None, GROUP_M=config.group_m, **launch_options(grad, config),
     )  # fmt: skip
-    return result if stored is result else result.copy_(stored)
+    return result if result is None or stored is result or stored is None else result.copy_(stored)
+
+
+def _addresses(main_grads: Sequence[Tensor], sizes: tuple[int, int, int], device: torch.device) -> Tensor:
+    """int64 [E], where each expert's gradient lies; from pinned memory, so that nothing waits."""
+    E, O, D = sizes
+    if len(main_grads) != E:
+        raise ValueError(f"main_grads: {len(main_grads)} tensors for {E} experts")
+    for expert, gradient in enumerate(main_grads):
+        check_operand(f"main_grads[{expert}]", gradient, dtype=torch.float32, shape=(O, D))
+        check_same_device(**{f"main_grads[{expert}]": gradient, "offsets": torch.empty(0, device=device)})
+    addresses = [gradient.data_ptr() for gradient in main_grads]
+    return torch.tensor(addresses, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def padded_columns(num_tokens: int, num_experts: int) -> int:

@@ -3,13 +3,14 @@
 import os
 
 import torch
-import triton
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton runs on the CPU, operation by operation: without fused multiply-add."""
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+ALIGNMENT = 16
+"""Bytes: the tensor memory accelerator wants a matrix and each of its rows to start at multiples of it."""
 
 
 def check_dtype(tensor: Tensor, name: str, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -56,5 +57,10 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b rounded up."""
-    return triton.cdiv(a, b)
+    """a / b rounded up; Triton's own takes microseconds on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << (n - 1).bit_length()

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.fused import MAX_FEATURES, check_gain
-from kernels.launch import check_rows
+from kernels.launch import check_rows, next_power_of_2
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rstd = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
     if y.numel():
-        block = triton.next_power_of_2(features)
+        block = next_power_of_2(features)
         _rms_norm_kernel[(rows.shape[0],)](
             rows, gain, y, rstd, rows.stride(0), features, eps, BLOCK=block, num_warps=max(1, min(16, block // 512))
         )

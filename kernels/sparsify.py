@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import check_rows, row_options
-from kernels.sparsify_triton import load_quarter, pack_codes, row_gamma, row_scale, store_largest
+from kernels.launch import cdiv, check_rows, next_power_of_2, row_options
+from kernels.sparsify_triton import load_quarter, quarter_tile, store_codes
 
 MAX_FEATURES = 65536
 MAX_BLOCK = 64
@@ -28,22 +28,16 @@ def _sparsify_kernel(
 ):  # fmt: skip
     """One token.  A quarter is a tile [ROWS, COLUMNS]: COLUMNS = 8, or the block size rounded up to a power of two."""
     row = tl.program_id(0).to(tl.int64)
-    line = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    width: tl.constexpr = BLOCK if BLOCK > 0 else COLUMNS
-    index = line * width + column
-    mask = (index < quarter) & (column < width)
+    index, mask = quarter_tile(quarter, ROWS, COLUMNS, BLOCK)
     x_row = x_ptr + row * row_stride
     x0 = load_quarter(x_row, index, quarter, features, 0, mask)
     x1 = load_quarter(x_row, index, quarter, features, 1, mask)
     x2 = load_quarter(x_row, index, quarter, features, 2, mask)
     x3 = load_quarter(x_row, index, quarter, features, 3, mask)
-    gamma = row_gamma(x0, x1, x2, x3)
-    scale = row_scale(gamma)
-    tl.store(scale_ptr + row, scale)
-    codes = pack_codes(x0, x1, x2, x3, gamma, scale, FACTOR)
-    out_row = codes_ptr + row * features
-    store_largest(codes, out_row, index, quarter, features, mask, kept, SPARSE, BLOCK)
+    store_codes(
+        x0, x1, x2, x3, codes_ptr, scale_ptr, row, index, quarter, features, mask, kept,
+        SPARSE, BLOCK, FACTOR,
+    )  # fmt: skip
 
 
 def sparsify(x: Tensor, kept: int | None, block: int | None = None) -> tuple[Tensor, Tensor]:
@@ -81,10 +75,10 @@ def sparsify(x: Tensor, kept: int | None, block: int | None = None) -> tuple[Ten
 def quarters(features: int, block: int | None) -> tuple[int, int, int]:
     """Features per quarter, and the power-of-two grid [lines, columns] that holds a quarter."""
     if block is None:
-        quarter = triton.cdiv(triton.cdiv(features, 4), 16) * 16
-        return quarter, triton.next_power_of_2(triton.cdiv(quarter, 8)), 8
-    lines = triton.cdiv(features // block, 4)
-    return lines * block, triton.next_power_of_2(lines), triton.next_power_of_2(block)
+        quarter = cdiv(cdiv(features, 4), 16) * 16
+        return quarter, next_power_of_2(cdiv(quarter, 8)), 8
+    lines = cdiv(features // block, 4)
+    return lines * block, next_power_of_2(lines), next_power_of_2(block)
 
 
 def check_kept(kept: int | None, block: int | None, features: int) -> None:

@@ -71,6 +71,16 @@ def magnitude_bytes(codes):
 
 
 @triton.jit
+def quarter_tile(quarter, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Places [ROWS, COLUMNS] in a quarter, and which of them there are; COLUMNS is 8, or BLOCK rounded up."""
+    line = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    width: tl.constexpr = BLOCK if BLOCK > 0 else COLUMNS
+    index = line * width + column
+    return index, (index < quarter) & (column < width)
+
+
+@triton.jit
 def load_quarter(row_ptr, index, quarter, features, part: tl.constexpr, mask):
     """Features of one quarter of a row as float32, 0 beyond the end."""
     feature = index + part * quarter
@@ -182,3 +192,16 @@ def store_largest(
     _store_quarter(row_ptr, index, quarter, features, 1, mask, codes)
     _store_quarter(row_ptr, index, quarter, features, 2, mask, codes)
     _store_quarter(row_ptr, index, quarter, features, 3, mask, codes)
+
+
+@triton.jit
+def store_codes(
+    x0, x1, x2, x3, codes_ptr, scale_ptr, row, index, quarter, features, mask, kept,
+    SPARSE: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """Scale and sparse codes of a row, given its four quarters."""
+    gamma = row_gamma(x0, x1, x2, x3)
+    scale = row_scale(gamma)
+    tl.store(scale_ptr + row, scale)
+    codes = pack_codes(x0, x1, x2, x3, gamma, scale, FACTOR)
+    store_largest(codes, codes_ptr + row * features, index, quarter, features, mask, kept, SPARSE, BLOCK)

@@ -21,8 +21,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.gemm import has_hopper_kernel
+from kernels.launch import ALIGNMENT, INTERPRETED
 
-ALIGNMENT_BYTES = 16
 HOPPER_STEP_BYTES = 128
 """Bytes of each operand's row that `grouped_hopper` multiplies in one step."""
 
@@ -113,18 +113,17 @@ def swizzle(tile, row_tiles, column_tiles, GROUP_M: tl.constexpr):
 
 def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type in which a kernel stores a result of `dtype`."""
-    return torch.float32 if triton.knobs.runtime.interpret and dtype == torch.bfloat16 else dtype
+    return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
 def launch_options(operand: Tensor, config: TileConfig) -> dict[str, Any]:
     """Compile-time arguments that every kernel with tiles of `operand` takes."""
-    interpret = bool(triton.knobs.runtime.interpret)
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "WIDEN": interpret and operand.dtype == torch.bfloat16,
-        "INTERPRET": interpret,
+        "WIDEN": INTERPRETED and operand.dtype == torch.bfloat16,
+        "INTERPRET": INTERPRETED,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -161,11 +160,11 @@ def check_operand(
 ) -> None:
     """`check_tensor`, and the 16-byte alignment that the bulk copy engine asks of the base address and of each row."""
     check_tensor(name, tensor, dtype=dtype, shape=shape)
-    unit = ALIGNMENT_BYTES // tensor.element_size()
+    unit = ALIGNMENT // tensor.element_size()
     if tensor.shape[-1] == 0 or tensor.shape[-1] % unit:
         raise ValueError(f"{name}: last dimension {tensor.shape[-1]}, expected a positive multiple of {unit} elements")
-    if tensor.data_ptr() % ALIGNMENT_BYTES:
-        raise ValueError(f"{name}: address {tensor.data_ptr():#x} is not a multiple of {ALIGNMENT_BYTES} bytes")
+    if tensor.data_ptr() % ALIGNMENT:
+        raise ValueError(f"{name}: address {tensor.data_ptr():#x} is not a multiple of {ALIGNMENT} bytes")
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
@@ -174,7 +173,7 @@ def check_same_device(**tensors: Tensor | None) -> None:
     if len(set(devices.values())) > 1:
         listing = ", ".join(f"{name} on {device}" for name, device in devices.items())
         raise ValueError(f"operands on several devices: {listing}; expected one")
-    if next(iter(devices.values())).type != "cuda" and not triton.knobs.runtime.interpret:
+    if next(iter(devices.values())).type != "cuda" and not INTERPRETED:
         raise ValueError(f"{next(iter(devices))} on the CPU: expected CUDA tensors, or TRITON_INTERPRET=1 for tests")
 
 

@@ -23,8 +23,8 @@ class Topology:
 
     Tile i of the values has coordinates (rows[i], columns[i]).  Row r owns tiles row_offsets[r] to
     row_offsets[r + 1]; column c owns the tiles order[j] for j from column_offsets[c] to column_offsets[c + 1], which
-    lie in rows rows_by_column[j].
-    Past the tiles in use, all indices are 0.
+    lie in rows rows_by_column[j].  Tiles pairs[i] and pairs[i] + 1 are neighbours in a row, or pairs[i] is the last of
+    an odd number.  Past the tiles (pairs) in use, all indices are 0.
     """
 
     block: tuple[int, int]
@@ -34,6 +34,8 @@ class Topology:
     columns: Tensor
     order: Tensor
     rows_by_column: Tensor
+    pairs: Tensor
+    num_pairs: Tensor
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -89,9 +91,16 @@ def from_mask(mask_RC: Tensor, block: tuple[int, int], *, capacity: int | None =
     position_RC = _running_count(mask_RC)
     order = position_RC[by_column % R, by_column // R]
     rows_by_column = by_column % R
-    used = torch.arange(capacity, device=mask_RC.device) < row_offsets[-1]
-    indices = [torch.where(used, index, 0).to(torch.int32) for index in (rows, columns, order, rows_by_column)]
-    return Topology(block, row_offsets, column_offsets, *indices)
+    tile = torch.arange(capacity, device=mask_RC.device)
+    used = tile < row_offsets[-1]
+    (_, num_pairs), pairs = _compress(((tile - row_offsets[rows]) % 2 == 0).logical_and(used).unsqueeze(0), capacity)
+    rows, columns, order, rows_by_column = (
+        torch.where(used, index, 0).to(torch.int32) for index in (rows, columns, order, rows_by_column)
+    )
+    return Topology(
+        block, row_offsets, column_offsets, rows, columns, order, rows_by_column, pairs.to(torch.int32),
+        num_pairs.view(1),
+    )  # fmt: skip
 
 
 def _running_count(mask: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from kernels import fused, fused_backward, gradients
+from kernels import fused, fused_backward, gradients, sharded, sharded_norm, topk_float
 from kernels.activation import activate
-from kernels.dispatch import Activation, Backward, Fused, ReferenceKernels
+from kernels.dispatch import Activation, Backward, Fused, ReferenceKernels, Sharded, ShardedNorm, e4m3_scale
 from kernels.gemm import gemm, unaligned
 from kernels.norm import rms_norm
 from kernels.sparsify import MAX_BLOCK, MAX_FEATURES, sparsify
@@ -18,12 +18,21 @@ class TritonKernels:
     def __init__(self) -> None:
         self._reference = ReferenceKernels()
         self.fused: Fused | None = FusedKernels()
+        self.sharded: Sharded | None = ShardedKernels()
+        self.sharded_norm: ShardedNorm | None = ShardedNormKernels()
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
         """See `Kernels.sparsify`."""
         if x.dtype == torch.float64 or x.shape[-1] > MAX_FEATURES or (block is not None and block > MAX_BLOCK):
             return self._reference.sparsify(x, kept, block)
         return sparsify(_rows(x), kept, block)
+
+    def largest(self, x: Tensor, kept: int, block: int | None) -> Tensor:
+        """See `Kernels.largest`."""
+        fits = x.dtype in topk_float.DTYPES and x.shape[-1] <= topk_float.MAX_FEATURES
+        if not fits or (block is not None and not 1 < block <= MAX_BLOCK):
+            return self._reference.largest(x, kept, block)
+        return topk_float.largest(_rows(x), kept, block)
 
     def linear(
         self, x: Tensor, weight: Tensor, *, x_scale: Tensor | None, weight_scale: Tensor | None, dtype: torch.dtype
@@ -37,7 +46,7 @@ class TritonKernels:
         if x.dtype != torch.int8 or weight.dtype != torch.int8:
             rows, weight = _bf16(rows), _bf16(weight)
         y_TO = gemm(rows, weight, a_scale=None if x_scale is None else x_scale.flatten(), b_scale=weight_scale)
-        return y_TO.view(*x.shape[:-1], -1)
+        return y_TO.view(*x.shape[:-1], weight.shape[0])
 
     def backward(
         self, grad: Tensor, weight: Tensor, *, weight_scale: Tensor | None, x_scale: Tensor | None, e4m3: bool
@@ -47,9 +56,7 @@ class TritonKernels:
             return self._reference.backward(grad, weight, weight_scale=weight_scale, x_scale=x_scale, e4m3=e4m3)
         if not e4m3:
             return ExactBackward(grad, weight, weight_scale)
-        if x_scale is None or weight.dtype != torch.int8:
-            raise ValueError("gradients=e4m3 needs weights=ternary and activations=int8")
-        return FastBackward(grad, weight, weight_scale, x_scale)
+        return FastBackward(grad, weight, weight_scale, e4m3_scale(weight, x_scale))
 
 
 class FusedKernels:
@@ -83,6 +90,59 @@ class FusedKernels:
         return fused_backward.backward(_rows(grad), _rows(x), activation=activation, gain=gain, rstd=rstd)
 
 
+class ShardedKernels:
+    """`dispatch.Sharded` in Triton."""
+
+    def takes(self, x: Tensor, block: int | None) -> bool:
+        """See `Sharded.takes`."""
+        fits = x.dtype != torch.float64 and x.shape[-1] <= sharded.MAX_FEATURES
+        return fits and (block is None or (1 < block <= MAX_BLOCK and x.shape[-1] % block == 0))
+
+    def row_absmax(self, x: Tensor) -> Tensor:
+        """See `Sharded.row_absmax`."""
+        return sharded.row_absmax(_rows(x))
+
+    def local_codes(self, x: Tensor, gamma: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
+        """See `Sharded.local_codes`."""
+        return sharded.local_codes(_rows(x), gamma, kept, block)
+
+    def count_codes(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Sharded.count_codes`."""
+        return sharded.count_codes(_rows(x), gamma)
+
+    def keep_largest(self, codes: Tensor, counts: Tensor, kept: int, rank: int) -> Tensor:
+        """See `Sharded.keep_largest`."""
+        return sharded.keep_largest(codes, counts, kept, rank)
+
+
+class ShardedNormKernels:
+    """`dispatch.ShardedNorm` in Triton."""
+
+    def takes(self, x: Tensor) -> bool:
+        """See `ShardedNorm.takes`."""
+        return x.dtype == torch.bfloat16 and x.shape[-1] <= sharded_norm.MAX_FEATURES
+
+    def sum_squares(self, x: Tensor) -> Tensor:
+        """See `ShardedNorm.sum_squares`."""
+        return sharded_norm.sum_squares(_rows(x))
+
+    def normalize(
+        self, x: Tensor, squares: Tensor, gain: Tensor, num_features: int, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `ShardedNorm.normalize`."""
+        return sharded_norm.normalize(_rows(x), squares, gain, num_features, eps)
+
+    def gradient_dots(self, grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> Tensor:
+        """See `ShardedNorm.gradient_dots`."""
+        return sharded_norm.gradient_dots(_rows(grad), _rows(x), gain, rstd)
+
+    def gradients(
+        self, grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, dots: Tensor, num_features: int
+    ) -> tuple[Tensor, Tensor]:
+        """See `ShardedNorm.gradients`."""
+        return sharded_norm.gradients(_rows(grad), _rows(x), gain, rstd, dots, num_features)
+
+
 class ExactBackward:
     """Both products in bf16 with float32 sums.
 
@@ -103,7 +163,7 @@ class ExactBackward:
                 ratio, outside = outside / largest, largest
             weight = gradients.dequantize(weight, ratio)
         dx = grad @ weight if outside is None else gemm(grad, weight, b_k_major=False, b_scale=outside)
-        return dx.view(*self._grad.shape[:-1], -1)
+        return dx.view(*self._grad.shape[:-1], weight.shape[1])
 
     def wgrad(self, x: Tensor, x_scale: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
         """See `Backward.wgrad`."""
@@ -133,7 +193,7 @@ class FastBackward:
         """See `Backward.dgrad`."""
         weight_DO = gradients.transposed_weight(self._weight)
         dx = gemm(self._grad.codes_TO, weight_DO, a_scale=self._grad.scale_T1, b_scale=self._outside)
-        return dx.view(*self._shape[:-1], -1)
+        return dx.view(*self._shape[:-1], self._weight.shape[1])
 
     def wgrad(self, x: Tensor, x_scale: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
         """See `Backward.wgrad`; `x_scale` is the one given before."""

@@ -21,9 +21,14 @@ class Allocation:
     ranks_per_node: int
 
     @property
+    def is_elastic(self) -> bool:
+        """Whether the number of nodes may differ from start to start."""
+        return self.min_nodes < self.nodes
+
+    @property
     def slurm_nodes(self) -> str:
         """Value of --nodes."""
-        return str(self.nodes) if self.min_nodes == self.nodes else f"{self.min_nodes}-{self.nodes}"
+        return f"{self.min_nodes}-{self.nodes}" if self.is_elastic else str(self.nodes)
 
 
 def plan(config: Config, profile: ClusterProfile, nodes: int, min_nodes: int | None = None) -> Allocation:

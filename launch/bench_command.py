@@ -21,6 +21,8 @@ BENCHMARKS = (
     Benchmark("data", "pipeline.bench.data", "tokens per CPU-second of this data loader and of others"),
     Benchmark("data-scale", "pipeline.bench.data_scale", "opens, requests, bytes and memory of reading at any scale"),
     Benchmark("kernels", "pipeline.bench.kernels", "every kernel: correct, and how fast, against others and the floor"),
+    Benchmark("trajectories", "pipeline.bench.trajectories", "losses of the same training on different kernels"),
+    Benchmark("moe", "pipeline.bench.moe", "one MoE layer against bf16 experts of other libraries: time and memory"),
     Benchmark("train", "pipeline.bench.train", "tokens per second, memory and step-time breakdown of whole training"),
 )
 

@@ -19,6 +19,7 @@ from launch.config_command import add_config_parser
 from launch.doctor import add_doctor_parser
 from launch.launch_command import add_launch_parser
 from launch.mlflow_command import add_mlflow_parser
+from launch.plan_command import add_plan_parser
 from launch.preflight_command import add_preflight_parser
 from launch.report_command import add_report_parser
 from launch.run_commands import add_run_parsers
@@ -52,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_status_parsers(commands)
     add_preflight_parser(commands)
     add_config_parser(commands)
+    add_plan_parser(commands)
     add_data_parser(commands)
     add_report_parser(commands)
     add_compare_parser(commands)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import add_command
 from pipeline.run_directory import RunDirectory
 
 _EPILOG = """\
@@ -30,11 +31,13 @@ _MAX_NAME = 60
 
 def add_compare_parser(commands: Any) -> None:
     """Add `compare` to the subparsers of `qsparse`."""
-    summary = "compare runs: what differs, losses at equal tokens, speed, memory, figures"
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EPILOG}
-    parser = commands.add_parser("compare", help=summary, description=summary.capitalize() + ".", **layout)
+    parser = add_command(
+        commands, "compare", "compare runs: what differs, losses at equal tokens, speed, memory, figures", _EPILOG
+    )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="directory, name, pattern, sweep or MLflow id")
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    parser.add_argument(
+        "--root", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)"
+    )
     where_help = "keep runs whose configuration, metric or state says so; also != < <= > >=; may be repeated"
     parser.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help=where_help)
     search_help = "take the runs that MLflow finds by this search string, those of other machines included"

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from launch.arguments import OVERRIDES_HELP, split_overrides
+from launch.arguments import OVERRIDES_HELP, add_command, split_overrides
 from pipeline.config_loader import ConfigError, differences, dump_config, json_schema, load_config
 
 _EPILOG = """\
@@ -25,9 +25,7 @@ examples:
 
 def add_config_parser(commands: Any) -> None:
     """Add `config` to the subparsers of `qsparse`."""
-    summary = "show, check and compare configuration files"
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EPILOG}
-    config = commands.add_parser("config", help=summary, description=summary.capitalize() + ".", **layout)
+    config = add_command(commands, "config", "show, check and compare configuration files", _EPILOG)
     verbs = config.add_subparsers(title="commands", metavar="COMMAND", required=True)
     show = verbs.add_parser("show", help="print the resolved configuration as YAML")
     show.add_argument(

@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from launch.arguments import add_command
+
 _REQUIRED = ("torch", "megatron-core", "pydantic", "numpy", "tokenizers", "webdataset", "mlflow", "psutil")
 _OPTIONAL = ("triton", "transformer-engine")
 _OUR_PACKAGES = ("kernels", "launch", "moe", "pipeline", "qsparse_layers")
@@ -24,9 +26,7 @@ FindVersion = Callable[[str], str | None]
 
 def add_doctor_parser(commands: Any) -> None:
     """Add `doctor` to the subparsers of `qsparse`."""
-    summary = "check the installation and print versions"
-    parser = commands.add_parser("doctor", help=summary, description=summary.capitalize() + ".")
-    parser.set_defaults(run=_doctor)
+    add_command(commands, "doctor", "check the installation and print versions").set_defaults(run=_doctor)
 
 
 def installed_version(name: str) -> str | None:

@@ -11,48 +11,63 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.arguments import OVERRIDES_HELP, split_overrides
+from launch.arguments import add_command, add_config_arguments, only_overrides
 from launch.cluster import ClusterProfile, load_profile
 from launch.local import Rendezvous
-from launch.run_commands import train_here
+from launch.run_commands import NPROC_HELP, train_here
 from launch.slurm_script import describe_command
 from launch.submission import Request, Submission, prepare, submit
 
 _EPILOG = """\
+The same CONFIG and overrides give the same losses however a run is launched; the same command resumes it.
+
 examples:
   qsparse launch local configs/quickstart.yaml
   qsparse launch slurm configs/gpt_1.3b.yaml parallel.dp=16 --cluster modules --nodes 2 --dry-run
-  qsparse launch slurm configs/qsparse.yaml --cluster cpu --sweep model.qsparse.sparsity=0.0,0.4,0.6
   qsparse launch torchrun configs/gpt_1.3b.yaml parallel.dp=16 --nnodes 2 --node-rank 0 --rdzv-endpoint n1:29500
+"""
+_LOCAL_EPILOG = """\
+examples:
+  qsparse launch local configs/quickstart.yaml
+  qsparse launch local configs/quickstart.yaml parallel.tp=2 --nproc 4      (data parallel size 2)
+"""
+_TORCHRUN_EPILOG = """\
+Run it on every node, with the same CONFIG and overrides; only --node-rank differs.  Ctrl-C or SIGTERM on each node:
+save and stop.
+
+examples:
+  qsparse launch torchrun configs/gpt_1.3b.yaml parallel.dp=16 --nnodes 2 --node-rank 0 --rdzv-endpoint n1:29500
+  qsparse launch torchrun configs/gpt_1.3b.yaml parallel.dp=16 --nnodes 2 --node-rank 1 --rdzv-endpoint n1:29500
+"""
+_SLURM_EPILOG = """\
+Checks the layout against the nodes, asks SLURM whether the job could start, and queues it.  The job saves before its
+time limit and when it is preempted, is requeued and goes on; it starts again after failures, up to --max-restarts
+times without a new checkpoint.  Profiles and their keys: docs/launch.md.
+
+examples:
+  qsparse launch slurm configs/gpt_1.3b.yaml parallel.dp=16 --cluster modules --nodes 2 --dry-run
+  qsparse launch slurm configs/gpt_1.3b.yaml --cluster my-site.yaml --nodes 4 --min-nodes 2 --preflight
+  qsparse launch slurm configs/qsparse.yaml --cluster cpu --sweep model.qsparse.sparsity=0.0,0.4,0.6 --array-limit 2
+  qsparse status RUN      qsparse logs RUN --follow      qsparse cancel RUN
 """
 _PROFILE_OPTIONS = ("account", "partition", "qos", "constraint", "reservation", "time")
 
 
 def add_launch_parser(commands: Any) -> None:
     """Add `launch` to the subparsers of `qsparse`."""
-    summary = "start a run through SLURM, torchrun or on this machine"
-    layout: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    launch = commands.add_parser(
-        "launch", help=summary, description=summary[0].upper() + summary[1:] + ".", epilog=_EPILOG, **layout
-    )
+    launch = add_command(commands, "launch", "start a run through SLURM, torchrun or on this machine", _EPILOG)
     verbs = launch.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    local = verbs.add_parser("local", help="all ranks on this machine, as `qsparse train`", **layout)
-    _add_config(local)
-    local.add_argument("--nproc", type=int, metavar="N", help="processes; absent: tp * pp * cp * dp")
+    local = add_command(verbs, "local", "all ranks on this machine, as `qsparse train`", _LOCAL_EPILOG)
+    add_config_arguments(local)
+    local.add_argument("--nproc", type=int, metavar="N", help=NPROC_HELP)
     local.set_defaults(run=_local)
-    _add_torchrun(verbs.add_parser("torchrun", help="the ranks of one node of several", **layout))
-    _add_slurm(verbs.add_parser("slurm", help="a batch job on a SLURM cluster", **layout))
-
-
-def _add_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="configuration file (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES_HELP)
-    parser.set_defaults(rest=[])
+    _add_torchrun(add_command(verbs, "torchrun", "the ranks of one node of several, without SLURM", _TORCHRUN_EPILOG))
+    _add_slurm(add_command(verbs, "slurm", "queue a batch job on a SLURM cluster", _SLURM_EPILOG))
 
 
 def _add_torchrun(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser)
-    parser.add_argument("--nproc", type=int, metavar="N", help="processes of this node; absent: an equal share")
+    add_config_arguments(parser)
+    parser.add_argument("--nproc", type=int, metavar="N", help="processes of this node; absent: an equal share of all")
     add_rendezvous_options(parser)
     parser.set_defaults(run=_torchrun)
 
@@ -67,24 +82,26 @@ def add_rendezvous_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_slurm(parser: argparse.ArgumentParser) -> None:
-    _add_config(parser)
+    add_config_arguments(parser)
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="nodes (default: 1)")
-    parser.add_argument("--min-nodes", type=int, metavar="N", help="go on with as few nodes if there are no more")
+    parser.add_argument("--min-nodes", type=int, metavar="N", help="start with as few if there are no more")
     parser.add_argument(
         "--cluster", metavar="NAME|FILE", help="profile in configs/clusters, or a file; absent: $QSPARSE_CLUSTER"
     )
-    for option in _PROFILE_OPTIONS:
-        parser.add_argument(f"--{option}", metavar="VALUE", help=f"instead of the profile's `{option}`")
-    parser.add_argument("--max-restarts", type=int, metavar="N", help="instead of the profile's `max_restarts`")
-    parser.add_argument("--preflight", action="store_true", default=None, help="check the nodes before each start")
-    parser.add_argument("--forward", action="append", metavar="NAME", help="a further variable for the job; repeatable")
-    parser.add_argument(
-        "--sweep", action="append", default=[], metavar="KEY=A,B", help="one run per value; repeated: all combinations"
-    )
-    parser.add_argument("--array-limit", type=int, metavar="N", help="runs of a sweep at the same time")
+    parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
     parser.add_argument("--dependency", default="", metavar="LIST", help="as sbatch's, e.g. afterok:123")
     parser.add_argument("--template", type=Path, metavar="FILE", help="jinja2 template instead of our batch script")
-    parser.add_argument("--dry-run", action="store_true", help="print the script; write and submit nothing")
+    profile = parser.add_argument_group("instead of keys of the profile")
+    for option in _PROFILE_OPTIONS:
+        profile.add_argument(f"--{option}", metavar="VALUE")
+    profile.add_argument("--max-restarts", type=int, metavar="N", help="after failures without a new checkpoint")
+    profile.add_argument("--preflight", action="store_true", default=None, help="check the nodes before each start")
+    profile.add_argument("--forward", action="append", metavar="NAME", help="a further variable; repeatable")
+    sweep = parser.add_argument_group("several runs")
+    sweep.add_argument(
+        "--sweep", action="append", default=[], metavar="KEY=A,B", help="one run per value; repeated: all combinations"
+    )
+    sweep.add_argument("--array-limit", type=int, metavar="N", help="runs of a sweep at the same time")
     parser.set_defaults(run=_slurm)
 
 
@@ -118,12 +135,9 @@ def _torchrun(arguments: argparse.Namespace) -> int:
 
 
 def _slurm(arguments: argparse.Namespace) -> int:
-    files, overrides = split_overrides([*arguments.overrides, *arguments.rest])
-    if files:
-        raise ValueError(f"one CONFIG and overrides of the form KEY=VALUE are expected, got also {str(files[0])!r}")
     request = Request(
         config=arguments.config,
-        overrides=overrides,
+        overrides=only_overrides([*arguments.overrides, *arguments.rest]),
         nodes=arguments.nodes,
         min_nodes=arguments.min_nodes,
         sweeps=arguments.sweep,

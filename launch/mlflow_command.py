@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import add_command
+from pipeline.tracking_uri import STORE_NAME
+
 _EPILOG = """\
 example:
   qsparse mlflow --root runs --port 5000        then open http://127.0.0.1:5000
@@ -18,10 +21,10 @@ example:
 
 def add_mlflow_parser(commands: Any) -> None:
     """Add `mlflow` to the subparsers of `qsparse`."""
-    summary = "browse and compare runs in the MLflow user interface"
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EPILOG}
-    parser = commands.add_parser("mlflow", help=summary, description=summary.capitalize() + ".", **layout)
-    parser.add_argument("--root", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
+    parser = add_command(commands, "mlflow", "browse and compare runs in the MLflow user interface", _EPILOG)
+    parser.add_argument(
+        "--root", type=Path, default=Path("runs"), metavar="DIR", help="folder of the runs (default: runs)"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=5000, help="port to listen on (default: 5000)")
     parser.set_defaults(run=_mlflow)
@@ -33,9 +36,9 @@ def mlflow_command(root: Path, host: str, port: int) -> list[str]:
     Raises:
         ValueError: There is no store in `root`.
     """
-    database = root.resolve() / "mlflow.db"
+    database = root.resolve() / STORE_NAME
     if not database.is_file():
-        raise ValueError(f"--root {root} has no mlflow.db: no run has been logged there (tracking.mlflow=true)")
+        raise ValueError(f"--root {root} has no {STORE_NAME}: no run has been logged there (tracking.mlflow=true)")
     store = ["--backend-store-uri", f"sqlite:///{database}"]
     artifacts = ["--artifacts-destination", (database.parent / "mlartifacts").as_uri()]
     network = ["--host", host, "--port", str(port), "--workers", "1"]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import slurm
+from launch.arguments import add_command
 from launch.launch_command import add_rendezvous_options, rendezvous_of
 from launch.local import Rendezvous, inside_torchrun, rank_environment
 
@@ -33,14 +34,7 @@ _PORT = 29400
 def add_preflight_parser(commands: Any) -> None:
     """Add `preflight` to the subparsers of `qsparse`."""
     summary = "check the nodes of a job: GPUs, network, clocks, disk, versions"
-    parser = commands.add_parser(
-        "preflight",
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = add_command(commands, "preflight", summary, _EPILOG)
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="ranks per node, one per GPU (default: 1)")
     add_rendezvous_options(parser)
     parser.add_argument("--gpus", type=int, metavar="N", help="GPUs each node must have; absent: as most have")

@@ -7,6 +7,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import add_command
+
 _EPILOG = """\
 Draws the figures anew in RUN_DIR/figures and prints where the run got.
 
@@ -17,9 +19,7 @@ example:
 
 def add_report_parser(commands: Any) -> None:
     """Add `report` to the subparsers of `qsparse`."""
-    summary = "figures and table of a run"
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EPILOG}
-    parser = commands.add_parser("report", help=summary, description=summary.capitalize() + ".", **layout)
+    parser = add_command(commands, "report", "figures and table of a run", _EPILOG)
     parser.add_argument("run_directories", nargs="+", type=Path, metavar="RUN_DIR", help="directories of runs")
     parser.set_defaults(run=_report)
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.arguments import OVERRIDES_HELP, split_overrides
+from launch.arguments import add_command, add_config_arguments, only_overrides
 from launch.local import Rendezvous, inside_torchrun, run_local
 from launch.records import record_end
 from launch.track_command import tell_end
@@ -19,7 +19,9 @@ from pipeline.config import Config
 from pipeline.config_loader import load_config
 from pipeline.exit_codes import ExitCode
 from pipeline.run_directory import RunDirectory
+from pipeline.tracking_uri import resolve_uri
 
+NPROC_HELP = "processes on this machine; absent: tp * pp * cp * dp of the configuration"
 _TRAIN_EPILOG = """\
 Starts tp * pp * cp * dp processes on this machine; inside torchrun it becomes one rank of it.  The same command
 resumes a run.  Ctrl-C or SIGTERM: save and stop.
@@ -46,35 +48,23 @@ example:
 
 def add_run_parsers(commands: Any) -> None:
     """Add the commands that start ranks to the subparsers of `qsparse`."""
-    train = _add_command(commands, "train", "train or resume the run of a configuration file", _TRAIN_EPILOG)
-    train.add_argument("config", type=Path, metavar="CONFIG", help="configuration file (YAML)")
-    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help=OVERRIDES_HELP)
+    train = add_command(commands, "train", "train or resume the run of a configuration file", _TRAIN_EPILOG)
+    add_config_arguments(train)
+    train.add_argument("--nproc", type=int, metavar="N", help=NPROC_HELP)
     train.set_defaults(run=_train)
-    generate = _add_command(commands, "generate", "continue a prompt with the model of a run", _GENERATE_EPILOG)
-    generate.add_argument(
-        "run_directory", type=Path, metavar="RUN_DIR", help="directory of the run, e.g. runs/quickstart"
-    )
+    generate = _add_run_command(commands, "generate", "continue a prompt with the model of a run", _GENERATE_EPILOG)
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     generate.add_argument("--tokens", type=int, metavar="N", help="tokens to generate")
     generate.set_defaults(run=_generate)
-    evaluate = _add_command(commands, "evaluate", "held-out loss and benchmarks of a run", _EVALUATE_EPILOG)
-    evaluate.add_argument(
-        "run_directory", type=Path, metavar="RUN_DIR", help="directory of the run, e.g. runs/quickstart"
-    )
+    evaluate = _add_run_command(commands, "evaluate", "held-out loss and benchmarks of a run", _EVALUATE_EPILOG)
     evaluate.set_defaults(run=_evaluate)
 
 
-def _add_command(commands: Any, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    nproc_help = "processes on this machine; absent: tp * pp * cp * dp of the configuration"
-    parser.add_argument("--nproc", type=int, metavar="N", help=nproc_help)
+def _add_run_command(commands: Any, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+    parser = add_command(commands, name, summary, epilog)
+    help_text = "directory of the run, e.g. runs/quickstart"
+    parser.add_argument("run_directory", type=Path, metavar="RUN_DIR", help=help_text)
+    parser.add_argument("--nproc", type=int, metavar="N", help=NPROC_HELP)
     parser.set_defaults(rest=[])
     return parser
 
@@ -97,10 +87,10 @@ def train_here(
     Raises:
         ValueError: the configuration is wrong, or does not fit the number of processes.
     """
-    files, overrides = split_overrides(arguments)
-    if files:
-        raise ValueError(f"one CONFIG and overrides of the form KEY=VALUE are expected, got also {str(files[0])!r}")
+    overrides = only_overrides(arguments)
     config = load_config(path, overrides)
+    if config.tracking.mlflow:
+        resolve_uri(config, os.environ)  # says what is wrong with it
     code = _start("pipeline.train", [str(path), *overrides], config, num_processes, rendezvous)
     run = RunDirectory(config.run.root / config.run.name)
     record_end(run, code)

@@ -85,7 +85,8 @@ class Job:
         return [
             f"--job-name={self.name}",
             f"--nodes={self.allocation.slurm_nodes}",
-            "--ntasks-per-node=1",
+            # With a number of tasks per node SLURM takes a range of nodes for its lower end.
+            *(["--ntasks-per-node=1"] if not self.allocation.is_elastic else []),
             *self._gpu_directives(),
             f"--time={profile.time}",
             *(f"--{key}={value}" for key, value in optional.items() if value),

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch import slurm
+from launch.arguments import add_command
 from launch.records import LaunchFolder
 from launch.status import RunStatus, as_json, duration, run_status
 from pipeline.run_directory import write_atomic
@@ -38,34 +39,26 @@ example:
 
 def add_status_parsers(commands: Any) -> None:
     """Add `status`, `logs` and `cancel` to the subparsers of `qsparse`."""
-    status = _add(commands, "status", "state, step, loss and time left of runs", _STATUS_EPILOG)
-    status.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories or sweeps; absent: all")
-    status.add_argument("--root", type=Path, default=Path("runs"), help="where names are looked up (default: runs)")
+    status = _add_command(commands, "status", "state, step, loss and time left of runs", _STATUS_EPILOG)
+    status.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="runs or sweeps; absent: all below --root")
     status.add_argument("--json", action="store_true", help="one JSON object per run")
     status.set_defaults(run=_status)
-    logs = _add(commands, "logs", "output of a run's batch script and ranks", _LOGS_EPILOG)
-    logs.add_argument("run_directory", type=Path, metavar="RUN", help="run directory")
-    logs.add_argument("--root", type=Path, default=Path("runs"), help="where a name is looked up (default: runs)")
-    logs.add_argument("--start", type=int, metavar="N", help="output of start N; absent: of the last one")
+    logs = _add_command(commands, "logs", "output of a run's batch script and ranks", _LOGS_EPILOG)
+    logs.add_argument("run_directory", type=Path, metavar="RUN", help="directory or name of a run")
+    logs.add_argument("--start", type=int, metavar="N", help="output of start N, counted from 0; absent: the last one")
     logs.add_argument("--lines", type=int, default=40, metavar="N", help="last lines of each file (default: 40)")
     logs.add_argument("--follow", action="store_true", help="go on as the files grow, until the run ends")
     logs.set_defaults(run=_logs)
-    cancel = _add(commands, "cancel", "save and end the job of a run", _CANCEL_EPILOG)
-    cancel.add_argument("run_directory", type=Path, metavar="RUN", help="run directory or sweep")
-    cancel.add_argument("--root", type=Path, default=Path("runs"), help="where a name is looked up (default: runs)")
+    cancel = _add_command(commands, "cancel", "save and end the job of a run", _CANCEL_EPILOG)
+    cancel.add_argument("run_directory", type=Path, metavar="RUN", help="directory or name of a run or sweep")
     cancel.add_argument("--now", action="store_true", help="do not wait for a checkpoint")
     cancel.set_defaults(run=_cancel)
 
 
-def _add(commands: Any, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _add_command(commands: Any, name: str, summary: str, epilog: str) -> argparse.ArgumentParser:
+    parser = add_command(commands, name, summary, epilog)
+    root_help = "where names are looked up (default: runs)"
+    parser.add_argument("--root", type=Path, default=Path("runs"), metavar="DIR", help=root_help)
     return parser
 
 

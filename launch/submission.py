@@ -19,6 +19,7 @@ from launch.sweep import variants
 from pipeline.config import Config
 from pipeline.config_loader import dump_config, load_config
 from pipeline.run_directory import write_atomic
+from pipeline.tracking_uri import resolve_uri
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def prepare(request: Request, profile: ClusterProfile, environ: Mapping[str, str
     """Check everything and render the script; writes nothing.
 
     Raises:
-        ValueError: configuration, sweep or template are wrong, or the layout does not fit the nodes.
+        ValueError: configuration, tracking URI, sweep or template are wrong, or the layout does not fit the nodes.
     """
     whole = load_config(request.config, request.overrides).run.name
     configs = []
@@ -80,6 +81,8 @@ def prepare(request: Request, profile: ClusterProfile, environ: Mapping[str, str
         run, tracking = config.run.model_copy(update={"name": name}), config.tracking
         if variant.suffix and tracking.parent is None:
             tracking = tracking.model_copy(update={"parent": whole})
+        if config.tracking.mlflow:
+            resolve_uri(config, submission_environment(profile, environ))  # says what is wrong with it
         configs.append(config.model_copy(update={"run": run, "tracking": tracking}))
     first = configs[0]
     root = first.run.root.resolve()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.arguments import add_command
 from pipeline.run_directory import RunDirectory
 
 _EPILOG = """\
@@ -26,11 +27,9 @@ END_TIMEOUT_S = 60.0
 
 def add_track_parser(commands: Any) -> None:
     """Add `track` to the subparsers of `qsparse`."""
-    summary = "complete MLflow's copy of runs"
-    track = commands.add_parser("track", help=summary, description=summary[0].upper() + summary[1:] + ".")
+    track = add_command(commands, "track", "complete MLflow's copy of runs", _EPILOG)
     verbs = track.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "epilog": _EPILOG}
-    sync = verbs.add_parser("sync", help="send to MLflow what it lacks", **layout)
+    sync = add_command(verbs, "sync", "send to MLflow what it lacks", _EPILOG)
     sync.add_argument("run_directories", nargs="+", type=Path, metavar="RUN_DIR", help="directories of runs")
     sync.set_defaults(run=_sync)
 

@@ -17,6 +17,7 @@ it was.  The copy is told to reduce in the gradient's type: megatron-core would 
 """
 
 import copy
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,23 @@ from torch import Tensor
 
 from moe.wire import pack, unpack
 from qsparse_layers.functional import Codes
+
+
+class DispatcherError(ValueError):
+    """A dispatcher whose package is not installed."""
+
+
+def check_dispatcher(kind: str) -> None:
+    """Refuse `model.moe.dispatcher` if it cannot run here; megatron-core would say so without naming the key.
+
+    Raises:
+        DispatcherError: `flex` without DeepEP.
+    """
+    if kind == "flex" and importlib.util.find_spec("deep_ep") is None:
+        raise DispatcherError(
+            "model.moe.dispatcher=flex needs the package deep_ep (github.com/deepseek-ai/DeepEP), which is not "
+            "installed; use model.moe.dispatcher=alltoall"
+        )
 
 
 @dataclass(frozen=True)

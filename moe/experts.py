@@ -14,6 +14,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor, cat
 
 from moe.dispatcher import ExpertInput
+from moe.front import weigh
 from qsparse_layers.functional import Sharding, qsparse_linear
 from qsparse_layers.mlp import activate, activation_name
 
@@ -35,7 +36,7 @@ class QSparseSequentialMLP(SequentialMLP):
             [T, hidden] weighted by the probabilities, and no bias.
         """
         output = self.outputs(tokens, tokens_per_expert)
-        return (output * probs.unsqueeze(-1)).to(output.dtype), None
+        return weigh(output, probs, self.local_experts[0].linear_fc2.kernels.fused), None
 
     def outputs(self, tokens: ExpertInput, tokens_per_expert: Tensor) -> Tensor:
         """Unweighted outputs [T, hidden]; an expert without tokens runs, too, since its ranks may communicate."""

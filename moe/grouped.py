@@ -1,14 +1,18 @@
 """Experts in a few launches instead of a few per expert: the same modules, parameters and results as in `moe.experts`.
 
-Quantization, SubLN and activation look at one token, so they run once over the tokens of all local experts; the two
-products are grouped (`moe.products`).  Ternary codes come from each layer's own cache and are stacked once per step.
-That every expert keeps its own parameters, instead of one tall tensor, costs this copy of codes (a quarter of the bf16
-weights' bytes, once per step) and buys checkpoints, rules, initialization and optimizer state without a second form.
+Quantization, SubLN and activation look at one token, so they run once over the tokens of all local experts, on a GPU
+in one pass (`moe.front`); the two products are grouped (`moe.products`).  Nothing here waits for the GPU.
+
+Ternary codes come from each layer's own cache and are stacked once per step, and weight gradients are added to each
+expert's own buffer, wherever it lies.  That experts keep their own parameters, instead of one tall tensor, costs this
+copy of codes (half of the bf16 weights' bytes, once per step) and buys checkpoints, rules, initialization and optimizer
+state without a second form.
 
 Experts of several formats, or quantization in its warm-up, run one after the other.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,11 +20,20 @@ from torch import Tensor
 
 from moe.dispatcher import ExpertInput
 from moe.experts import QSparseSequentialMLP
+from moe.front import GroupedFused
 from moe.products import GroupedProducts, StackedWeights, grouped_products_for
-from qsparse_layers.functional import Codes, LinearCall, Sharding, prepare_input, prepare_weight
-from qsparse_layers.mlp import activate
+from qsparse_layers.functional import (
+    Codes,
+    Front,
+    LinearCall,
+    Sharding,
+    prepare_fused,
+    prepare_input,
+    prepare_weight,
+)
+from qsparse_layers.mlp import activate, activation_name
 from qsparse_layers.norm import rms_norm
-from qsparse_layers.parallel import QSparseLinearMixin
+from qsparse_layers.parallel import QSparseLinearMixin, QSparseRowParallelLinear
 
 
 class QSparseGroupedMLP(QSparseSequentialMLP):
@@ -37,11 +50,16 @@ class QSparseGroupedMLP(QSparseSequentialMLP):
         if not (_is_groupable(ups) and _is_groupable(downs)):
             return super().outputs(tokens, tokens_per_expert)
         offsets = _offsets(tokens_per_expert, tokens.x.device)
-        hidden = _grouped_linear(tokens.x, tokens.codes, ups, offsets, self._stacks[0])
+        hidden = _grouped_linear(tokens, ups, offsets, self._stacks[0])
+        gains = torch.stack([layer.sub_norm_weight for layer in downs]) if downs[0].format.sub_norm else None
+        front = downs[0].front(activation_name(self.config))
+        if front is not None and front.activation is not None:
+            front = replace(front, fused=GroupedFused(front.fused, offsets))
+            return _grouped_linear(ExpertInput(hidden), downs, offsets, self._stacks[1], front, gains)
         hidden = activate(hidden, self.config, downs[0].kernels.fused)
-        if downs[0].format.sub_norm:
-            hidden = _sub_norm(hidden, downs, offsets, self.config.layernorm_epsilon)
-        return _grouped_linear(hidden, None, downs, offsets, self._stacks[1], shards_features=True)
+        if gains is not None:
+            hidden = _sub_norm(hidden, gains, downs[0], offsets)
+        return _grouped_linear(ExpertInput(hidden), downs, offsets, self._stacks[1])
 
 
 def _is_groupable(layers: Sequence[QSparseLinearMixin]) -> bool:
@@ -53,17 +71,16 @@ def _is_groupable(layers: Sequence[QSparseLinearMixin]) -> bool:
 
 
 def _offsets(tokens_per_expert: Tensor, device: torch.device) -> Tensor:
-    """int32 [E + 1], first row of each expert and T at the end."""
-    ends = tokens_per_expert.to(device).cumsum(0)
+    """int32 [E + 1], first row of each expert and T at the end; megatron-core counts on the host."""
+    ends = tokens_per_expert.to(device, non_blocking=True).cumsum(0)
     return torch.cat([ends.new_zeros(1), ends]).to(torch.int32)
 
 
-def _sub_norm(x_TD: Tensor, layers: Sequence[Any], offsets: Tensor, eps: float) -> Tensor:
-    """RMSNorm of each row with the gain of its expert."""
-    gains_ED = torch.stack([layer.sub_norm_weight for layer in layers])
-    tokens = torch.arange(len(x_TD), device=x_TD.device, dtype=torch.int32)
+def _sub_norm(x_TF: Tensor, gains_EF: Tensor, layer: Any, offsets: Tensor) -> Tensor:
+    """RMSNorm of each row with the gain of its expert; rows may be sharded as those of `layer`."""
+    tokens = torch.arange(len(x_TF), device=x_TF.device, dtype=torch.int32)
     expert_T = torch.searchsorted(offsets[1:], tokens, right=True)
-    return rms_norm(x_TD, gains_ED[expert_T], layers[0].input_size, eps, layers[0].tp_group)
+    return rms_norm(x_TF, gains_EF[expert_T], layer.input_size, layer.config.layernorm_epsilon, layer.tp_group)
 
 
 class _StackCache:
@@ -84,70 +101,89 @@ class _StackCache:
 
 
 def _grouped_linear(
-    x: Tensor,
-    codes: Codes | None,
+    tokens: ExpertInput,
     layers: Sequence[QSparseLinearMixin],
     offsets: Tensor,
     stacks: _StackCache,
-    *,
-    shards_features: bool = False,
+    front: Front | None = None,
+    gains: Tensor | None = None,
 ) -> Tensor:
+    """Each expert's layer on its tokens; `front` and the `gains` [E, F] of its norm come first."""
     group = layers[0].tp_group
-    sharding = Sharding(weight=group, features=group if shards_features else None)
-    calls = [layer.call(sharding) for layer in layers]
-    products = grouped_products_for(calls[0].kernels)
-    weights = [layer.weight for layer in layers]
-    return _GroupedLinear.apply(x, codes, calls, stacks.get(layers, calls), offsets, products, *weights)
+    features = group if isinstance(layers[0], QSparseRowParallelLinear) else None
+    calls = [layer.call(Sharding(weight=group, features=features)) for layer in layers]
+    work = _Work(calls, stacks.get(layers, calls), offsets, grouped_products_for(calls[0].kernels), front)
+    return _GroupedLinear.apply(tokens.x, gains, tokens.codes, work, *(layer.weight for layer in layers))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything but what has gradients."""
+
+    calls: list[LinearCall]
+    stacked: StackedWeights
+    offsets: Tensor
+    products: GroupedProducts
+    front: Front | None
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        codes: Codes | None,
-        calls: list[LinearCall],
-        stacked: StackedWeights,
-        offsets: Tensor,
-        products: GroupedProducts,
-        *weights: Tensor,
+        ctx: Any, x: Tensor, gains: Tensor | None, codes: Codes | None, work: _Work, *weights: Tensor
     ) -> Tensor:
-        rescale = None
+        rstd: Tensor | None = None
+        before: tuple[Tensor | None, ...] = ()
         if codes is None:
-            operand, rescale = prepare_input(x, calls[0])
-            assert operand.scale is not None and rescale is None  # l2 rescale and int8 codes exclude each other
+            if work.front is None:
+                operand, _ = prepare_input(x, work.calls[0])
+            else:
+                num_features = work.stacked.codes.shape[-1]
+                operand, rstd = prepare_fused(x, gains, work.calls[0], work.front, num_features=num_features)
+                before = (x, gains, rstd)
+            assert operand.scale is not None
             codes = Codes(operand.values, operand.scale)
-        _count(codes, stacked, calls, offsets)
-        ctx.save_for_backward(codes.values, codes.scale, offsets)
-        ctx.stacked, ctx.products, ctx.weights = stacked, products, weights
-        ctx.e4m3 = calls[0].format.gradients == "e4m3"
-        return products.forward(codes, stacked, offsets, dtype=x.dtype)
+        _count(codes, work)
+        ctx.work, ctx.weights = work, weights
+        ctx.save_for_backward(codes.values, codes.scale, *before)
+        return work.products.forward(codes, work.stacked, work.offsets, dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        values, scale, offsets = ctx.saved_tensors
-        dx, dw_EOD = ctx.products.backward(
-            grads[0].contiguous(), Codes(values, scale), ctx.stacked, offsets, e4m3=ctx.e4m3
-        )
-        dws = [_hand_over(dw, weight) for dw, weight in zip(dw_EOD, ctx.weights, strict=True)]
-        return dx, None, None, None, None, None, *dws
+        work: _Work = ctx.work
+        values, scale, *before = ctx.saved_tensors
+        main_grads = _main_grads(ctx.weights)
+        dx, dws = work.products.backward(
+            grads[0].contiguous(), Codes(values, scale), work.stacked, work.offsets,
+            e4m3=work.calls[0].format.gradients == "e4m3", main_grads=main_grads,
+        )  # fmt: skip
+        dgains = None
+        if work.front is not None:
+            x, gains, rstd = before
+            dx, dgains = work.front.fused.backward(dx, x, activation=work.front.activation, gain=gains, rstd=rstd)
+        if dws is None:
+            return dx, dgains, None, None, *map(_place_holder, ctx.weights)
+        return dx, dgains, None, None, *(dw.to(weight.dtype) for dw, weight in zip(dws, ctx.weights, strict=True))
 
 
-def _hand_over(dw: Tensor, weight: Tensor) -> Tensor:
-    """dW, or its place holder if it was added to megatron-core's gradient buffer (see `functional._weight_grad`)."""
-    main_grad: Tensor | None = getattr(weight, "main_grad", None)
-    if main_grad is None or not weight.is_cuda or main_grad.dtype != torch.float32:
-        return dw.to(weight.dtype)
-    main_grad.add_(dw)
+def _main_grads(weights: Sequence[Tensor]) -> list[Tensor] | None:
+    """Float32 gradient buffers of megatron-core's data parallelism, which kernels add to (see `functional`)."""
+    buffers = [getattr(weight, "main_grad", None) for weight in weights]
+    if weights[0].is_cuda and all(buffer is not None and buffer.dtype == torch.float32 for buffer in buffers):
+        return [buffer for buffer in buffers if buffer is not None]
+    return None
+
+
+def _place_holder(weight: Tensor) -> Tensor:
     setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010 - megatron-core's mark on a parameter
-    return torch.empty_like(weight)
+    return torch.empty_like(weight)  # its hooks run on a gradient; this one is not read
 
 
-def _count(codes: Codes, stacked: StackedWeights, calls: list[LinearCall], offsets: Tensor) -> None:
+def _count(codes: Codes, work: _Work) -> None:
     """Count zeros, expert by expert; only in steps that are logged."""
-    if calls[0].counts is None:
+    if work.calls[0].counts is None:
         return
-    bounds = offsets.tolist()
-    for expert, call in enumerate(calls):
+    bounds = work.offsets.tolist()
+    for expert, call in enumerate(work.calls):
         assert call.counts is not None
-        call.counts.add(codes.values[bounds[expert] : bounds[expert + 1]], stacked.codes[expert])
+        call.counts.add(codes.values[bounds[expert] : bounds[expert + 1]], work.stacked.codes[expert])

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn import Module
 
 from kernels.dispatch import Kernels
 from moe.config import MoEConfig
-from moe.dispatcher import CodeDispatcher
+from moe.dispatcher import CodeDispatcher, check_dispatcher
 from moe.load import RouterLoad
 from qsparse_layers.config import LinearFormat, QSparseConfig, layer_format
 from qsparse_layers.functional import Codes, LinearCall, WeightParts, is_one_pass, prepare_input
@@ -51,6 +52,10 @@ class QSparseMoELayer(MoELayer):
     """`MoELayer` whose tokens may travel as int8 codes."""
 
     token_dispatcher: Any
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        check_dispatcher(config.moe_token_dispatcher_type)
+        super().__init__(config, *args, **kwargs)
 
     def configure(self, options: MoEConfig, formats: list[LinearFormat], schedule: Schedule, kernels: Kernels) -> None:
         """Decide how tokens travel; called once, before the optimizer is built.

@@ -10,6 +10,7 @@ Shapes: T tokens sorted by expert, E experts, D input features, O output feature
 """
 
 import importlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -43,6 +44,10 @@ class StackedWeights:
         return self.scale.unflatten(1, (num_parts, -1))[:, :, 0].contiguous()
 
 
+MainGrads = Sequence[Tensor] | None
+"""float32 [O, D] of each expert that dW is added to; None: dW is returned."""
+
+
 class GroupedProducts(Protocol):
     """What `moe.grouped` computes with."""
 
@@ -50,9 +55,9 @@ class GroupedProducts(Protocol):
         """[T, O] in `dtype`; offsets int32 [E + 1]."""
 
     def backward(
-        self, grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, *, e4m3: bool
-    ) -> tuple[Tensor, Tensor]:
-        """dX [T, D] in the type of dY, and dW [E, O, D] in float32 or wider."""
+        self, grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, *, e4m3: bool, main_grads: MainGrads
+    ) -> tuple[Tensor, Tensor | None]:
+        """dX [T, D] in the type of dY, and dW [E, O, D] in float32 or wider; None if it was added to `main_grads`."""
 
 
 def grouped_products_for(kernels: Kernels) -> GroupedProducts:
@@ -75,17 +80,18 @@ class LoopedProducts:
         return torch.cat(parts)
 
     def backward(
-        self, grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, *, e4m3: bool
-    ) -> tuple[Tensor, Tensor]:
+        self, grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, *, e4m3: bool, main_grads: MainGrads
+    ) -> tuple[Tensor, Tensor | None]:
         """See `GroupedProducts.backward`."""
         dxs, dws = [], []
-        for rows, codes_OD, scale in zip(_rows(offsets), weight.codes, weight.scale, strict=True):
+        targets: Sequence[Tensor | None] = main_grads or [None] * len(weight.codes)
+        for rows, codes_OD, scale, target in zip(_rows(offsets), weight.codes, weight.scale, targets, strict=True):
             products = self._kernels.backward(
                 grad[rows], codes_OD, weight_scale=scale, x_scale=x.scale[rows], e4m3=e4m3 and rows.start < rows.stop
             )
             dxs.append(products.dgrad())
-            dws.append(products.wgrad(x.values[rows], x.scale[rows], None))
-        return torch.cat(dxs), torch.stack(dws)  # type: ignore[arg-type]
+            dws.append(products.wgrad(x.values[rows], x.scale[rows], target))
+        return torch.cat(dxs), None if main_grads else torch.stack(dws)  # type: ignore[arg-type]
 
 
 class TritonProducts:
@@ -104,22 +110,30 @@ class TritonProducts:
         )
 
     def backward(
-        self, grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, *, e4m3: bool
-    ) -> tuple[Tensor, Tensor]:
+        self, grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, *, e4m3: bool, main_grads: MainGrads
+    ) -> tuple[Tensor, Tensor | None]:
         """See `GroupedProducts.backward`."""
         if grad.dtype != torch.bfloat16 or not _fits(weight):
-            return self._looped.backward(grad, x, weight, offsets, e4m3=e4m3)
-        return _fast_backward(grad, x, weight, offsets) if e4m3 else _exact_backward(grad, x, weight, offsets)
+            return self._looped.backward(grad, x, weight, offsets, e4m3=e4m3, main_grads=main_grads)
+        backward = _fast_backward if e4m3 else _exact_backward
+        return backward(grad, x, weight, offsets, main_grads)
 
 
-def _exact_backward(grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _exact_backward(
+    grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, main_grads: MainGrads
+) -> tuple[Tensor, Tensor | None]:
     gemm: Any = importlib.import_module("kernels.grouped_gemm")
+    gradients: Any = importlib.import_module("kernels.gradients")
     wgrad: Any = importlib.import_module("kernels.grouped_wgrad")
-    dx = gemm.grouped_dgrad(grad, weight.codes.to(torch.bfloat16), offsets, weight_scale_EP=_part_scales(weight))
-    return dx, wgrad.grouped_wgrad(grad, (x.values * x.scale).to(torch.bfloat16), offsets)
+    weight_bf16 = gradients.dequantize(weight.codes.flatten(0, 1), None).view_as(weight.codes)
+    dx = gemm.grouped_dgrad(grad, weight_bf16, offsets, weight_scale_EP=_part_scales(weight))
+    x_bf16 = gradients.dequantize(x.values, x.scale.flatten())
+    return dx, wgrad.grouped_wgrad(grad, x_bf16, offsets, main_grads=main_grads)
 
 
-def _fast_backward(grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor) -> tuple[Tensor, Tensor]:
+def _fast_backward(
+    grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, main_grads: MainGrads
+) -> tuple[Tensor, Tensor | None]:
     gemm: Any = importlib.import_module("kernels.grouped_gemm")
     eight_bit: Any = importlib.import_module("kernels.grouped_gradients")
     wgrad: Any = importlib.import_module("kernels.grouped_wgrad")
@@ -129,8 +143,9 @@ def _fast_backward(grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tens
         codes.codes_TO, eight_bit.transposed_weight(weight.codes), offsets, grad_scale_T=codes.scale_T
     )
     x_DT = eight_bit.transposed_input(x.values, x_scale_T, codes)
-    dw = wgrad.grouped_wgrad_fp8(codes.transposed_OT, x_DT, codes.padded_offsets, scale_EP=codes.wgrad_scale_EP)
-    return dx, dw
+    return dx, wgrad.grouped_wgrad_fp8(
+        codes.transposed_OT, x_DT, codes.padded_offsets, scale_EP=codes.wgrad_scale_EP, main_grads=main_grads
+    )
 
 
 def _part_scales(weight: StackedWeights) -> Tensor:

@@ -7,6 +7,7 @@ capacity are megatron-core's; the one override looks at what they decided.
 
 from typing import Any
 
+import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 
@@ -18,6 +19,8 @@ class QSparseRouter(TopKRouter):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # megatron-core makes it on the CPU and moves it with the first forward pass: too late for the optimizer.
+        self.weight.data = self.weight.data.to(torch.cuda.current_device())
         self.load = RouterLoad(self.config.num_moe_experts, self.config.moe_router_topk)
 
     def routing(self, logits: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

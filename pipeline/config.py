@@ -145,8 +145,9 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     """Compute type; bf16 keeps fp32 master weights and reduces gradients in fp32.  fp64 serves exactness tests and
     needs run.device=cpu; with `auto` on a machine that has a GPU, that is not noticed before the run starts."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Recompute core attention (`selective`) or whole layers (`full`) in the backward pass."""
+    recompute: Literal["none", "up_projection", "selective", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: the product of the FFN's gate and up projections
+    (`up_projection`), core attention (`selective`) or whole layers (`full`)."""
     eval_interval: NonNegativeInt = 100
     """Steps between held-out evaluations; 0: only at the end."""
     eval_sequences: PositiveInt = 64

@@ -72,20 +72,22 @@ def _cuda_graph(config: "Config") -> Iterator[Violation]:
     """A graph repeats the same work whatever the data are."""
     if not config.run.cuda_graph:
         return
-    obstacles = {
-        "run.device": config.run.device == "cpu",
-        "parallel.pp": config.parallel.pp > 1,
-        "parallel.overlap_param_gather": config.parallel.overlap_param_gather,
-        "model.moe": config.model.moe is not None,
-        "model.dropout": config.model.dropout > 0,
-        "training.recompute": config.training.recompute != "none",
-        "data.attention": config.data.attention == "document",
-        "data.mask_eod_loss": config.data.mask_eod_loss,
+    obstacles = {  # whether it is one, and what to set instead
+        "run.device": (config.run.device == "cpu", "cuda"),
+        "parallel.pp": (config.parallel.pp > 1, "1"),
+        "parallel.cp": (config.parallel.cp > 1, "1"),
+        "parallel.overlap_param_gather": (config.parallel.overlap_param_gather, "false"),
+        "model.moe": (config.model.moe is not None, "null"),
+        "model.dropout": (config.model.dropout > 0, "0"),
+        "training.recompute": (config.training.recompute in ("selective", "full"), "up_projection"),
+        "data.attention": (config.data.attention == "document", "full"),
+        "data.mask_eod_loss": (config.data.mask_eod_loss, "false"),
     }
-    for key, is_obstacle in obstacles.items():
+    for key, (is_obstacle, instead) in obstacles.items():
         if is_obstacle:
             value = "set" if key == "model.moe" else _value(config, key)
-            yield Violation((key, "run.cuda_graph"), f"run.cuda_graph=true does not work with {key}={value}")
+            message = f"run.cuda_graph=true does not work with {key}={value}: set {key}={instead} or "
+            yield Violation((key, "run.cuda_graph"), f"{message}run.cuda_graph=false")
 
 
 def _divides(config: "Config", key: str, divisor: str, why: str) -> Iterator[Violation]:
@@ -191,6 +193,9 @@ def _experts(config: "Config") -> Iterator[Violation]:
     if moe.num_experts % parallel.ep:
         message = f"model.moe.num_experts={moe.num_experts} is not divisible by parallel.ep={parallel.ep}"
         yield Violation(("model.moe.num_experts", "parallel.ep"), message)
+    if config.training.recompute == "up_projection":
+        message = "training.recompute=up_projection does not reach the experts of model.moe: use full or none"
+        yield Violation(("training.recompute", "model.moe"), message)
     etp = parallel.etp or parallel.tp
     width_key = "model.ffn_hidden_size" if moe.ffn_hidden_size is None else "model.moe.ffn_hidden_size"
     width = moe.ffn_hidden_size or config.model.ffn_hidden_size

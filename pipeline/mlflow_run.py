@@ -14,7 +14,6 @@ What makes delivery exactly-once over retries, kills and resumes:
 import fcntl
 import logging
 import os
-import re
 import shlex
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,13 +26,13 @@ from pipeline.mlflow_artifacts import Artifacts
 from pipeline.mlflow_points import Point, clean_name
 from pipeline.mlflow_sweep import SweepParent
 from pipeline.run_directory import RunDirectory, write_atomic
+from pipeline.tracking_uri import STORE_NAME, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
 EndStatus = Literal["FINISHED", "KILLED", "FAILED"]
-STORE_NAME = "mlflow.db"  # the embedded store of a folder of runs; `qsparse mlflow` looks for it
 BATCH = 1000  # most metrics that a server takes in one log_batch
 PARAM_BATCH = 100
 MAX_VALUE = 5000
@@ -55,6 +54,10 @@ PROCESS_ENVIRONMENT = {
 
 class RejectedError(Exception):
     """The store answered that it will never take this batch; sending it again is pointless."""
+
+
+class StoreError(Exception):
+    """What the store answered to another process, or that this process is gone; in one line."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,9 @@ class MLflowRun:
         if self._parent is not None:
             self._parent.update_status(client)
 
+    def close(self) -> None:
+        """Nothing is held open; `pipeline.mlflow_process.RemoteRun` has more to do."""
+
     def _ready_client(self) -> "MlflowClient":
         if self._client is None:
             raise RuntimeError("MLflowRun is used before prepare()")
@@ -308,13 +314,10 @@ def _create_store(database: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def without_password(uri: str) -> str:
-    """`uri` as it may be shown."""
-    return re.sub(r"//[^/@]*@", "//", uri)
-
-
 def first_line(error: Exception) -> str:
     """An error in one line; mlflow's own messages repeat the URI, credentials included."""
+    if isinstance(error, StoreError):
+        return str(error)
     return f"{type(error).__name__}: {without_password(str(error)).strip().partition(chr(10))[0][:300]}"
 
 

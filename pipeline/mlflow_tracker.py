@@ -1,9 +1,9 @@
 """Delivers a run to MLflow without ever waiting on, or failing, the training thread.
 
-`log` appends to a queue and returns; one daemon thread on rank 0 imports mlflow, batches the queue into `log_batch`
-calls and retries with exponential back-off while the store is away.  metrics.jsonl is written before `log` is
-called and stays the truth: at a start the thread brings the store up to date with that file, and
-`pipeline.track_sync.replay` does so for a run that has ended.
+`log` appends to a queue and returns; one daemon thread on rank 0 batches the queue, has a process of its own send the
+batches (`pipeline.mlflow_process`), and retries with exponential back-off while the store is away.  metrics.jsonl is
+written before `log` is called and stays the truth: at a start the thread brings the store up to date with that file,
+and `pipeline.track_sync.replay` does so for a run that has ended.
 
 The obvious way, `mlflow.log_metrics` in the loop, costs tens of milliseconds a step, blocks for minutes when the
 server is down and then raises into training; its asynchronous mode drops what it could not send.  The price of the
@@ -23,16 +23,10 @@ from typing import Any, Self
 
 from pipeline.metrics import read_metrics
 from pipeline.mlflow_points import Point, points_of
-from pipeline.mlflow_run import (
-    BATCH,
-    EndStatus,
-    MLflowRun,
-    RejectedError,
-    RunDescription,
-    first_line,
-    without_password,
-)
+from pipeline.mlflow_process import RemoteRun
+from pipeline.mlflow_run import BATCH, EndStatus, MLflowRun, RejectedError, RunDescription, first_line
 from pipeline.run_directory import RunDirectory
+from pipeline.tracking_uri import without_password
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +47,20 @@ class MLflowTracker:
         description: Store, names, params and tags.
         directory: Holds metrics.jsonl, the run id and the files to upload.
         flush_s: Seconds between deliveries.
+        run: What delivers; absent: a process of its own.
     """
 
-    def __init__(self, description: RunDescription, directory: RunDirectory, *, flush_s: float = FLUSH_SECONDS) -> None:
+    def __init__(
+        self,
+        description: RunDescription,
+        directory: RunDirectory,
+        *,
+        flush_s: float = FLUSH_SECONDS,
+        run: MLflowRun | RemoteRun | None = None,
+    ) -> None:
         self._uri, self._directory, self._flush_s = description.uri, directory, flush_s
         self._viewer = description.viewer
-        self._run = MLflowRun(description, directory)
+        self._run = run or RemoteRun(description, directory)
         backlog = read_metrics(directory.metrics) if directory.metrics.exists() else []
         self._records: deque[dict[str, Any]] = deque(backlog)
         self._max_records = len(backlog) + MAX_QUEUED_RECORDS
@@ -163,6 +165,7 @@ class MLflowTracker:
             closing = self._closing.is_set()
             delivered = self._attempt(closing)
             if closing and (delivered or time.monotonic() >= self._deadline):
+                self._run.close()
                 return
             delay = self._flush_s if delivered else min(MAX_BACKOFF_SECONDS, 2 * delay)
             if closing:
@@ -208,7 +211,7 @@ class MLflowTracker:
             # A store that takes metrics but no files (no artifact proxy, no rights) must not keep the run from ending.
             self._upload_wanted.set()
             if not self._upload_problem:
-                logger.warning("files of %s are not yet in MLflow: %s", self._directory.path, first_line(error))
+                logger.warning("files of %s are not yet in MLflow: %s", self._directory.path, error)
             self._upload_problem = first_line(error)
 
     def _note_failure(self, error: Exception) -> None:

@@ -78,9 +78,10 @@ def build_model(config: Config, vocab_size: int) -> Model:
     layers = [layer for chunk in chunks for layer in _configure(chunk, config.model, schedule, kernels)]
     options = config.model.moe, config.model.qsparse
     routed = [layer for chunk in chunks for layer in configure_moe_layers(chunk, *options, schedule, kernels)]
+    recompute = config.training.recompute == "up_projection"
     for chunk in chunks:
-        if kernels.fused is not None:
-            fuse_activations(chunk)
+        if kernels.fused is not None or recompute:
+            fuse_activations(chunk, recompute=recompute)
         initialize_weights(chunk, config)
     if config.training.precision == "bf16":
         chunks = [Float16Module(transformer, chunk) for chunk in chunks]
@@ -129,6 +130,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=uses_transformer_engine(config),
+        moe_permute_fusion=config.model.moe is not None and uses_transformer_engine(config),
         cross_entropy_loss_fusion=uses_transformer_engine(config),
         cross_entropy_fusion_impl="te",
         batch_p2p_comm=parallel.vpp == 1,

@@ -15,9 +15,10 @@ from pathlib import Path
 from pipeline.config_loader import load_config
 from pipeline.metrics import read_metrics
 from pipeline.mlflow_points import points_of
-from pipeline.mlflow_run import EndStatus, MLflowRun, first_line, without_password
+from pipeline.mlflow_run import EndStatus, MLflowRun, first_line
 from pipeline.run_directory import RunDirectory
 from pipeline.tracking import STATUS_OF_STATE, describe_run
+from pipeline.tracking_uri import without_password
 
 
 def replay(directory: RunDirectory, *, environment: Mapping[str, str] | None = None) -> int:

@@ -8,16 +8,15 @@ neither stop a run nor slow it down; how that is done is `pipeline.mlflow_tracke
 import importlib.util
 import json
 import os
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 from pipeline.config import Config
 from pipeline.config_loader import differences
-from pipeline.mlflow_run import STORE_NAME, EndStatus, RunDescription, without_password
+from pipeline.mlflow_run import EndStatus, RunDescription
 from pipeline.mlflow_tracker import MLflowTracker
 from pipeline.run_directory import RunDirectory
+from pipeline.tracking_uri import resolve_uri
 
 STATUS_OF_STATE: dict[str, EndStatus] = {"completed": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 """MLflow's word for each final state of status.json."""
@@ -81,33 +80,6 @@ def flatten_config(config: Config) -> dict[str, str]:
 
     visit("", config.model_dump(mode="json"))
     return flat
-
-
-def resolve_uri(config: Config, environment: Mapping[str, str]) -> str:
-    """The tracking URI: `tracking.uri`, else MLFLOW_TRACKING_URI, else an SQLite store in `run.root`.
-
-    SQLite paths are made absolute, because MLflow takes them relative to wherever a job was started.
-
-    Raises:
-        ValueError: The URI is a plain path, of a kind that MLflow does not take for tracking, or a configuration key
-            with a password in it, which would be saved and uploaded with the configuration.
-    """
-    uri, source = config.tracking.uri, "tracking.uri"
-    if uri is not None and without_password(uri) != uri:
-        raise ValueError(
-            f"tracking.uri={without_password(uri)!r} holds credentials; set MLFLOW_TRACKING_USERNAME and "
-            "MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI, in the environment instead"
-        )
-    if uri is None:
-        uri, source = environment.get("MLFLOW_TRACKING_URI"), "MLFLOW_TRACKING_URI"
-    if not uri:
-        return f"sqlite:///{(config.run.root / STORE_NAME).resolve()}"
-    if re.match(r"(https?|postgresql|mysql|mssql)(\+\w+)?://\S|databricks", uri):
-        return uri
-    path = uri.removeprefix("sqlite:///")
-    if path == uri or path in ("", ":memory:"):
-        raise ValueError(f"{source}={uri!r} is no tracking store; use http://HOST:PORT or sqlite:///PATH/mlflow.db")
-    return f"sqlite:///{Path(path).resolve()}"
 
 
 def make_tracker(

@@ -165,7 +165,8 @@ def place_of(frame: FrameType | None) -> str:
     first = frame
     while frame is not None:
         path = Path(frame.f_code.co_filename)
-        if path.is_relative_to(_ROOT) and "site-packages" not in path.parts:
+        is_ours = path.is_relative_to(_ROOT) and "site-packages" not in path.parts
+        if is_ours and frame.f_code.co_name != "__torch_function__":  # of cpu_backend: around every operation
             return f"{path.relative_to(_ROOT)}:{frame.f_lineno} {frame.f_code.co_name}"
         frame = frame.f_back
     if first is None:

@@ -41,6 +41,9 @@ class World:
 def parallel_world(config: Config) -> Iterator[World]:
     """Join the process group, build megatron-core's groups, and take everything down in order at the end."""
     cpu = uses_cpu(config.run.device)
+    if cpu and config.run.cuda_graph:
+        found = f"run.device={config.run.device} found none"
+        raise UserError(f"run.cuda_graph=true needs a GPU, and {found}: set run.cuda_graph=false")
     if not cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:

@@ -61,6 +61,8 @@ class SDPACoreAttention(torch.nn.Module):
         if attention_mask is not None:
             raise ValueError("SDPACoreAttention is causal and takes no attention mask")
         dropout = self.dropout if self.training else 0.0
+        if torch.is_grad_enabled():
+            value = value.contiguous()  # kept for the backward pass as a slice, it would keep all of q/k/v
         with get_cuda_rng_tracker().fork() if dropout else nullcontext():
             if packed_seq_params is None:
                 q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))

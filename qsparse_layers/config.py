@@ -8,6 +8,7 @@ Semantics and equations: docs/numerics.md.
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from fractions import Fraction
+from functools import cache
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
@@ -140,6 +141,7 @@ class QSparseConfig(LinearFormat):
         return self
 
 
+@cache
 def kept_count(num_features: int, sparsity: float) -> int:
     """K = int((1 - sparsity) * num_features), at least 1.
 

@@ -22,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import Activation, Backward, Fused, Kernels, ReferenceKernels
+from kernels.dispatch import Activation, Backward, Fused, Kernels, ReferenceKernels, Sharded
 from qsparse_layers.config import LinearFormat, kept_count
 from qsparse_layers.selection import group_size, topk_mask
+from qsparse_layers.sharded import sharded_codes
 from qsparse_layers.stats import ZeroCounts
 
 
@@ -178,7 +179,7 @@ class _QSparseLinear(torch.autograd.Function):
         elif front is None:
             x_hat, straight_through_scale = prepare_input(x, call)
         else:
-            x_hat, rstd = _prepare_fused(x, gain, call, front, num_features=weight.shape[1])
+            x_hat, rstd = prepare_fused(x, gain, call, front, num_features=weight.shape[1])
         w_hat = prepare_weight(weight, call)
         if call.counts is not None:
             call.counts.add(x_hat.values, w_hat.values)
@@ -193,7 +194,8 @@ class _QSparseLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
         values, x_scale, w_values, w_scale, straight_through_scale, *before = ctx.saved_tensors
         call: LinearCall = ctx.call
-        e4m3 = call.format.gradients == "e4m3" and call.quantization == 1.0
+        has_rows = grads[0].numel() > 0  # an expert may get no tokens
+        e4m3 = call.format.gradients == "e4m3" and call.quantization == 1.0 and has_rows
         full_scale = _gather(x_scale, call.sharding.tokens)
         products = call.kernels.backward(
             grads[0].contiguous(), w_values, weight_scale=w_scale, x_scale=full_scale, e4m3=e4m3
@@ -213,6 +215,24 @@ class _QSparseLinear(torch.autograd.Function):
         return dx, dw, dgain, None, None, None
 
 
+def product_again(y: Tensor) -> Callable[[], Tensor] | None:
+    """How to compute a result of `qsparse_linear` again from what it keeps for its backward pass.
+
+    None: `y` is nothing of that kind, or needs no gradient.  To be called before that backward pass has run.
+    """
+    node: Any = y.grad_fn
+    if not isinstance(y.grad_fn, _QSparseLinear._backward_cls):
+        return None
+    dtype = y.dtype
+
+    def compute() -> Tensor:
+        values, x_scale, weight, w_scale, *_ = node.saved_tensors
+        full = _gather_tokens(_Operand(values, x_scale), node.call.sharding.tokens)
+        return node.call.kernels.linear(full.values, weight, x_scale=full.scale, weight_scale=w_scale, dtype=dtype)
+
+    return compute
+
+
 def _weight_grad(products: Backward, x: Tensor, x_scale: Tensor | None, weight: Tensor) -> Tensor | None:
     """dW, or its place holder if it went straight into the gradient buffer of megatron-core's data parallelism."""
     main_grad: Tensor | None = getattr(weight, "main_grad", None)
@@ -229,6 +249,8 @@ def prepare_input(x: Tensor, call: LinearCall) -> tuple[_Operand, Tensor | None]
     """Quantized and sparsified input, and the factor that the input gradient keeps (L2 rescale) or None."""
     if is_one_pass(call):
         return _Operand(*call.kernels.sparsify(x, *_kept_of_block(x.shape[-1], call))), None
+    if (sharded := _sharded_kernels(x, call)) is not None:
+        return _Operand(*_sharded_codes(x, call, sharded)), None
     operand = _Operand(x)
     if call.format.activations == "int8":
         gamma = x.abs().amax(-1, keepdim=True)
@@ -236,23 +258,51 @@ def prepare_input(x: Tensor, call: LinearCall) -> tuple[_Operand, Tensor | None]
             dist.all_reduce(gamma, op=dist.ReduceOp.MAX, group=call.sharding.features)
         scale = reference.row_scale(gamma)
         operand = _Operand(reference.absmax_codes(x, scale), scale)
-    mask = _sparsity_mask(operand.values, call)
-    if call.quantization < 1.0 and call.format.activations == "int8":
-        operand = _Operand(_interpolate(x, operand, call.quantization))
-    if mask is not None:
-        operand = _Operand(reference.apply_mask(operand.values, mask), operand.scale)
-    if call.format.rescale == "l2" and mask is not None:
+    operand = _sparse(x, operand, call)
+    if call.format.rescale == "l2" and call.sparsity > 0.0:
         scale = _inverse_norm(operand.values, call.sharding.features)
         return _Operand(operand.values, scale), scale.to(x.dtype)
     return operand, None
 
 
-def _prepare_fused(
+def _sparse(x: Tensor, operand: _Operand, call: LinearCall) -> _Operand:
+    """The operand, or during the warm-up of the quantization x on its way to it, without what is not kept."""
+    is_int8 = call.format.activations == "int8"
+    spread = call.format.pattern == "topk" and call.format.topk_scope == "global"
+    if call.sparsity > 0.0 and not is_int8 and not (spread and group_size(call.sharding.features) > 1):
+        kept, block = _kept_of_block(x.shape[-1], call)
+        assert kept is not None
+        return _Operand(call.kernels.largest(x, kept, block))
+    mask = _sparsity_mask(operand.values, call)
+    if call.quantization < 1.0 and is_int8:
+        operand = _Operand(_interpolate(x, operand, call.quantization))
+    return operand if mask is None else _Operand(reference.apply_mask(operand.values, mask), operand.scale)
+
+
+def prepare_fused(
     x: Tensor, gain: Tensor | None, call: LinearCall, front: Front, *, num_features: int
 ) -> tuple[_Operand, Tensor | None]:
+    """Input after `front`, quantized and sparsified, and 1/rms of the norm or None."""
     kept, block = _kept_of_block(num_features, call)
     codes, scale, rstd = front.fused.sparsify(x, kept, block, activation=front.activation, gain=gain, eps=front.eps)
     return _Operand(codes, scale), rstd
+
+
+def _sharded_kernels(x: Tensor, call: LinearCall) -> Sharded | None:
+    """Kernels for int8 codes of a row that several ranks hold, if there are any."""
+    sharded, layout = call.kernels.sharded, call.format
+    block = layout.block_size if layout.pattern == "block" else None
+    if sharded is None or layout.activations != "int8" or call.quantization < 1.0 or not sharded.takes(x, block):
+        return None
+    return sharded
+
+
+def _sharded_codes(x: Tensor, call: LinearCall, kernels: Sharded) -> tuple[Tensor, Tensor]:
+    group = call.sharding.features
+    assert group is not None
+    across_ranks = call.format.topk_scope == "global"
+    kept, block = _kept_of_block(x.shape[-1] * (group.size() if across_ranks else 1), call)
+    return sharded_codes(x, kernels, group, kept=kept, block=block, across_ranks=across_ranks)
 
 
 def is_one_pass(call: LinearCall) -> bool:

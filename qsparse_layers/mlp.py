@@ -1,9 +1,11 @@
 """megatron-core's feed-forward block with its activation function in one pass, or inside the down projection.
 
 A down projection that quantizes a whole row computes the activation together with SubLN and quantization: gate and up
-are read once, codes written once, and the backward recomputes what is in between.
+are read once, codes written once, and the backward recomputes what is in between.  On request it computes the gate and
+up projections again, too, instead of keeping them (`recompute`).
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,16 +16,21 @@ from torch.nn import Module
 
 from kernels.dispatch import Activation, Fused
 from qsparse_layers.parallel import QSparseRowParallelLinear
+from qsparse_layers.recompute import recomputed
 
 
 class QSparseMLP(MLP):
     """`MLP` with the same parameters and results; made from one by `adopt`."""
 
+    recompute = False
+    """Compute the up projection again in the backward pass."""
+
     @classmethod
-    def adopt(cls, mlp: MLP) -> "QSparseMLP":
+    def adopt(cls, mlp: MLP, *, recompute: bool = False) -> "QSparseMLP":
         """The block `mlp` itself, as one of this class: megatron-core builds only the class `MLP` without ado."""
         adopted = cls.__new__(cls)
         adopted.__dict__ = mlp.__dict__
+        adopted.recompute = recompute
         return adopted
 
     def forward(
@@ -31,14 +38,15 @@ class QSparseMLP(MLP):
     ) -> tuple[Tensor, Tensor | None]:
         """[s, b, hidden] -> [s, b, hidden] and no bias."""
         down, activation = self.linear_fc2, activation_name(self.config)
-        is_ours = isinstance(down, QSparseRowParallelLinear) and hidden_states.dtype == torch.bfloat16
-        fused = down.kernels.fused if is_ours else None
-        if fused is None or activation is None or per_token_scale is not None:
+        is_ours = isinstance(down, QSparseRowParallelLinear) and activation is not None and per_token_scale is None
+        fused = down.kernels.fused if is_ours and hidden_states.dtype == torch.bfloat16 else None
+        if not is_ours or (fused is None and not self.recompute):
             return super().forward(hidden_states, per_token_scale, **kwargs)
         hidden, _ = self.linear_fc1(hidden_states)
-        if down.front(activation):
-            return down(hidden, activation)
-        return down(_Activate.apply(hidden, activation, fused))
+        with recomputed(hidden) if self.recompute else nullcontext():
+            if fused is not None and down.front(activation):
+                return down(hidden, activation)
+            return down(activate(hidden, self.config, fused))
 
 
 def activation_name(config: Any) -> Activation | None:
@@ -73,9 +81,14 @@ class _Activate(torch.autograd.Function):
         return ctx.fused.backward(grads[0], x, activation=ctx.activation, gain=None, rstd=None)[0], None, None
 
 
-def fuse_activations(model: Module) -> None:
-    """Let the feed-forward blocks of `model` compute their activation with the kernels of their down projection."""
+def fuse_activations(model: Module, *, recompute: bool = False) -> None:
+    """Let the feed-forward blocks of `model` compute their activation with the kernels of their down projection.
+
+    Args:
+        model: one pipeline chunk.
+        recompute: compute gate and up again in the backward pass instead of keeping them.
+    """
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is MLP:
-                setattr(parent, name, QSparseMLP.adopt(child))
+                setattr(parent, name, QSparseMLP.adopt(child, recompute=recompute))

@@ -26,10 +26,9 @@ from qsparse_layers.functional import (
     Sharding,
     TernaryCache,
     WeightParts,
-    is_one_pass,
     qsparse_linear,
 )
-from qsparse_layers.norm import rms_norm
+from qsparse_layers.norm import rms_norm, sharded_rms_norm
 from qsparse_layers.schedules import Schedule
 from qsparse_layers.stats import ZeroCounts
 
@@ -122,27 +121,32 @@ class QSparseRowParallelLinear(QSparseLinearMixin, RowParallelLinear):
         """
         self._front = self.front(activation)
         if self.format.sub_norm and self._front is None:
-            eps = self.config.layernorm_epsilon
-            input_ = rms_norm(input_, self.sub_norm_weight, self.input_size, eps, self.tp_group)
+            input_ = self._sub_norm(input_)
         return super().forward(input_)
+
+    def _sub_norm(self, x: Tensor) -> Tensor:
+        kernels, eps = self.kernels.sharded_norm, self.config.layernorm_epsilon
+        if kernels is not None and self.tp_group.size() > 1 and kernels.takes(x):
+            return sharded_rms_norm(x, self.sub_norm_weight, self.input_size, eps, self.tp_group, kernels)
+        return rms_norm(x, self.sub_norm_weight, self.input_size, eps, self.tp_group)
 
     def front(self, activation: Activation | None) -> Front | None:
         """What this layer can now compute on its input together with the quantization; None: nothing."""
         fused = self.kernels.fused
-        if fused is None or self.weight.dtype != torch.bfloat16 or not is_one_pass(self._row_call()):
+        if fused is None or self.weight.dtype != torch.bfloat16 or self.tp_group.size() > 1:
+            return None
+        if self.format.activations != "int8" or self.schedule.quantization < 1.0:
             return None
         if activation is None and not self.format.sub_norm:
             return None
         return Front(fused, activation, self.config.layernorm_epsilon)
 
-    def _row_call(self) -> LinearCall:
-        return self.call(Sharding(weight=self.tp_group, features=self.tp_group))
-
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._is_megatrons:
             return super()._forward_impl(input, weight, *args, **kwargs)
         gain = self.sub_norm_weight if self._front and self.format.sub_norm else None
-        return qsparse_linear(input, weight, self._row_call(), self._front, gain)
+        call = self.call(Sharding(weight=self.tp_group, features=self.tp_group))
+        return qsparse_linear(input, weight, call, self._front, gain)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -9,15 +9,12 @@ import argparse
 import csv
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 from rich.console import Console
@@ -25,14 +22,15 @@ from rich.table import Table
 
 from pipeline.bench.data_formats import describe, make_documents, write_all
 from pipeline.bench.data_readers import FORMATS, READERS
+from pipeline.bench.machine import machine_lines, processor
 
 _EPILOG = """\
-Writes data.csv and data.png to FOLDER.
+Writes data.csv, data.md (the table of docs/data.md) and data.png to FOLDER.
 
 example:
   qsparse bench data --output benchmarks/data_loading
 """
-_PACKAGES = ("numpy", "megatron-core", "webdataset", "megatron-energon", "mosaicml-streaming")
+_PACKAGES = ("numpy", "isal", "megatron-core", "webdataset", "megatron-energon", "mosaicml-streaming")
 
 
 @dataclass
@@ -70,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results, corpus = run(options.readers or list(READERS), options.seq_length, options.megatokens, options.rounds)
     options.output.mkdir(parents=True, exist_ok=True)
     write_csv(options.output / "data.csv", results, corpus)
+    (options.output / "data.md").write_text(markdown(results))
     plot(options.output / "data.png", results)
     print_table(results, corpus)
     return 0
@@ -132,35 +131,7 @@ def write_csv(path: Path, results: list[Result], corpus: str) -> None:
 
 def environment_lines(corpus: str) -> list[str]:
     """Machine, date, versions and corpus."""
-    versions = []
-    for package in _PACKAGES:
-        try:
-            versions.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            versions.append(f"{package} absent")
-    return [
-        f"{datetime.now(UTC):%Y-%m-%d}, {os.cpu_count()} x {_processor()}, Python {platform.python_version()}",
-        ", ".join(versions),
-        f"commit {_commit()}",
-        f"corpus: {corpus}",
-    ]
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str:
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    return [*machine_lines(packages=_PACKAGES, device=processor()), f"corpus: {corpus}"]
 
 
 def plot(path: Path, results: list[Result]) -> None:
@@ -188,6 +159,18 @@ def plot(path: Path, results: list[Result]) -> None:
     axes.legend(frameon=False, loc="lower right")
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def markdown(results: list[Result]) -> str:
+    """The medians as a table, a column per sequence length."""
+    lengths = list(dict.fromkeys(result.seq_length for result in results))
+    rows = [
+        ["million tokens per CPU-second", *(f"seq_length {length}" for length in lengths)],
+        ["---"] * (len(lengths) + 1),
+    ]
+    for reader in dict.fromkeys(result.reader for result in results):
+        rows.append([reader, *(f"{r.rate:.0f}" if r.rates else r.absent for r in results if r.reader == reader)])
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
 def print_table(results: list[Result], corpus: str) -> None:

@@ -92,9 +92,9 @@ def _simulate(job: Job) -> tuple[float, float]:
     order = ChunkInterleave(windows, (0,), [LayoutChange(0, job.global_batch_size)])
     order.locate(np.zeros(1, dtype=np.int64))
     opened = time.process_time() - start
-    start, steps = time.process_time(), 10
-    for step in range(steps):
-        order.locate((step * 1000 + np.int64(0)) * job.global_batch_size + np.arange(job.global_batch_size))
+    start, steps = time.process_time(), 20
+    for step in range(1000, 1000 + steps):
+        order.locate(np.int64(step) * job.global_batch_size + np.arange(job.global_batch_size))
     return opened, (time.process_time() - start) / steps
 
 

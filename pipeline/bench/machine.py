@@ -1,4 +1,4 @@
-"""What a measurement has to say about where it was made: GPU, driver, versions, commit, date."""
+"""What a measurement has to say about where it was made: device, driver, versions, commit, date."""
 
 import os
 import platform
@@ -8,29 +8,44 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 
-import torch
+from pipeline.environment import git_commit
 
 PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine", "torchao")
 
 
-def machine_lines(commit: str | None = None, packages: Sequence[str] = PACKAGES) -> list[str]:
+def machine_lines(
+    commit: str | None = None, packages: Sequence[str] = PACKAGES, device: str | None = None
+) -> list[str]:
     """Lines for the head of a table.
 
     Args:
         commit: of the code, for a copy that git does not know; None asks git.
         packages: distributions whose versions matter.
+        device: what was measured; None: the GPU, or the processor if there is none.
     """
     versions = [f"{package} {_version(package)}" for package in packages]
     return [
-        f"{datetime.now(UTC):%Y-%m-%d}, {_device()}, Python {platform.python_version()}",
+        f"{datetime.now(UTC):%Y-%m-%d}, {device or _gpu() or processor()}, Python {platform.python_version()}",
         ", ".join(versions),
-        f"commit {commit or _commit()}",
+        f"commit {commit or git_commit()}",
     ]
 
 
-def _device() -> str:
+def processor() -> str:
+    """Cores and model of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} x {names[0] if names else platform.processor() or platform.machine()}"
+
+
+def _gpu() -> str | None:
+    import torch
+
     if not torch.cuda.is_available():
-        return f"{os.cpu_count()} CPU cores ({platform.machine()})"
+        return None
     query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader", "--id=0"]
     try:
         driver, power = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().split(", ")
@@ -46,11 +61,3 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return "absent"
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"

@@ -1,20 +1,19 @@
 """`qsparse bench train`: whole training steps of several formats, each in processes of its own.
 
 Prints tokens per second and GPU, time per step, peak memory, MFU against the dense bf16 peak and the loss after the
-steps; then where the time of one step goes.  Tokens are random unless --data names a prepared dataset.  `naive` is
-run.kernels=reference: what the layer costs in plain PyTorch.
+steps; then where the time of one step goes, and its memory.  Each variant runs at the shape's micro-batch, as a CUDA
+graph where that works, and then at twice that micro-batch where memory and --total-seconds allow; the faster one is
+shown.  Tokens are random unless --data names a prepared dataset.  `naive` is run.kernels=reference: what the layer
+costs in plain PyTorch.
 """
 
 import argparse
 import importlib.util
-import json
-import os
-import socket
-import subprocess
+import math
 import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,17 @@ from rich.console import Console
 
 from pipeline.bench.machine import machine_lines
 from pipeline.bench.results import extend_csv, read_csv, update_page
-from pipeline.bench.train_report import BREAKDOWN_COLUMNS, COLUMNS, breakdown_table, draw, table
-from pipeline.bench.train_variants import DEFAULT_VARIANTS, SHAPES, VARIANTS, Order
+from pipeline.bench.train_ranks import Ranks
+from pipeline.bench.train_report import SHEETS, breakdown_table, draw, kernel_table, memory_table, table
+from pipeline.bench.train_variants import SHAPES, VARIANTS, WORKER, Order
 
-_KEYS = ("shape", "variant", "gpus")
+_KEYS = ("shape", "variant", "gpus", "micro_batch")
+_ROOM = 0.45
+"""Share of the GPU's memory below which twice the micro-batch is tried."""
 _EPILOG = """\
-Writes train.csv, train_breakdown.csv and train.png to FOLDER, and the tables of FOLDER.md if that page exists.
-Rows that are in the CSV already, from the same machine, day, versions and commit, stay there.
+Writes train.csv, train_breakdown.csv, train_memory.csv, train_kernels.csv (the longest kernels) and train.png to
+FOLDER, and the tables of FOLDER.md if that page exists.  Rows that are in the CSV already, from the same machine, day,
+versions and commit, stay there.
 
 examples:
   qsparse bench train --shapes 1.3b --variants dense,qsparse-bitnet,qsparse-bitnet-fast
@@ -65,15 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--shapes", type=_names, default=["350m", "1.3b"], metavar="NAMES", help=f"some of {','.join(SHAPES)}")
-    add("--variants", type=_names, default=list(DEFAULT_VARIANTS), metavar="NAMES", help="see below")
-    add("--steps", type=int, default=8, metavar="N", help="steps measured of each (default: 8)")
-    add("--warmup-steps", type=int, default=3, metavar="N", help="steps before that (default: 3)")
-    add("--micro-batch", type=int, metavar="N", help="sequences per forward pass (default: by shape)")
+    add("--variants", type=_names, default=list(VARIANTS), metavar="NAMES", help="see below")
+    add("--steps", type=int, default=6, metavar="N", help="steps measured of each (default: 6)")
+    add("--warmup-steps", type=int, default=5, metavar="N", help="before that; a graph takes 4 (default: 5)")
+    add("--micro-batch", type=int, metavar="N", help="sequences per forward pass, and no other (default: by shape)")
     add("--microbatches", type=int, default=1, metavar="N", help="forward passes per step (default: 1)")
     add("--gpus", type=int, default=1, metavar="N", help="data-parallel processes (default: 1)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where (default: cuda)")
     add("--data", metavar="FOLDER", help="prepared dataset instead of random tokens")
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest time for one variant (default: 600)")
+    add("--total-seconds", type=float, default=math.inf, metavar="N", help="then end; what is left is named")
     add("--output", type=Path, default=Path("runs/bench/train"), metavar="FOLDER", help="where results go")
     add("--draw", action="store_true", help="measure nothing: figures and tables from the CSV files in FOLDER")
     add("--commit", metavar="TEXT", help="commit of the code, for a copy that git does not know")
@@ -88,125 +92,138 @@ def _measure(options: argparse.Namespace, console: Console) -> bool:
     head = machine_lines(options.commit)
     for line in head:
         console.print(line, markup=False, highlight=False)
-    rows: list[dict[str, Any]] = []
-    breakdown: list[dict[str, Any]] = []
+    book = _Book(options.output, head)
+    end = time.monotonic() + options.total_seconds
+    present = [(order, _missing(order)) for order in _orders(options)]
+    orders, waiting = deque(order for order, missing in present if not missing), None
+    while orders:
+        order = orders.popleft()
+        ranks = waiting or _start(order)
+        waiting = _start(orders[0]) if orders else None  # imports while this one measures
+        seconds = min(options.timeout, end - time.monotonic())
+        if seconds <= 0:
+            ranks.close()
+            result: dict[str, Any] | str = f"left out: {options.total_seconds:g} seconds were over"
+        else:
+            result = ranks.measure(seconds)
+        if isinstance(result, str) and order.cuda_graph and result.startswith("failed") and end > time.monotonic():
+            console.print(f"{order.shape} {order.variant}, CUDA graph: {result}", markup=False, highlight=False)
+            orders.append(order._replace(cuda_graph=False))
+            continue
+        console.print(book.enter(order, result), markup=False, highlight=False)
+        larger = order._replace(micro_batch_size=2 * order.micro_batch_size)
+        is_first = options.micro_batch is None and order.micro_batch_size == SHAPES[order.shape].micro_batch_size
+        if isinstance(result, dict) and is_first and _has_room(result):
+            orders.append(larger)
+    for order, missing in present:
+        if missing:
+            console.print(book.enter(order, missing), markup=False, highlight=False)
+    return book.failed
+
+
+def _start(order: Order) -> Ranks:
+    return Ranks(WORKER, order._asdict(), order.gpus)
+
+
+def _missing(order: Order) -> str:
+    package = VARIANTS[order.variant].package
+    return f"not installed: {package}" if package and importlib.util.find_spec(package) is None else ""
+
+
+def _orders(options: argparse.Namespace) -> Iterable[Order]:
+    """What can be measured at all, each at one micro-batch."""
     for shape in options.shapes:
         for variant in options.variants:
-            order = Order(
+            yield Order(
                 *(shape, variant, options.device, options.gpus),
                 micro_batch_size=options.micro_batch or SHAPES[shape].micro_batch_size,
                 microbatches=options.microbatches,
                 steps=options.steps,
                 warmup_steps=options.warmup_steps,
                 data=options.data,
+                cuda_graph=options.device == "cuda" and VARIANTS[variant].cuda_graph,
             )
-            row, parts = _row(order, options.timeout)
-            rows.append(row)
-            breakdown += parts
-            extend_csv(options.output / "train.csv", head, COLUMNS, rows, keys=_KEYS)
-            extend_csv(options.output / "train_breakdown.csv", head, BREAKDOWN_COLUMNS, breakdown, keys=_KEYS)
-            shown = row["absent"] or f"{row['tokens_per_s_per_gpu']} tokens/s/GPU, {row['ms_per_step']} ms/step"
-            console.print(
-                f"{shape} {variant}: {shown}, peak {row['peak_gib']} GiB, loss {row['loss']}", highlight=False
-            )
-    return any(row["absent"].startswith("failed") for row in rows)
 
 
-def _row(order: Order, timeout: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
+def _has_room(result: Mapping[str, Any]) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and (
+        result["peak_gib"] * 2**30 < _ROOM * torch.cuda.get_device_properties(0).total_memory
+    )
+
+
+class _Book:
+    """The CSV files, written after every measurement."""
+
+    def __init__(self, folder: Path, head: Sequence[str]) -> None:
+        self._folder, self._head = folder, head
+        self._rows: dict[str, list[dict[str, Any]]] = {name: [] for name in SHEETS}
+        self.failed = False
+        """Whether a variant failed at the micro-batch that every variant should bear."""
+
+    def enter(self, order: Order, result: Mapping[str, Any] | str) -> str:
+        """Write a result, or why there is none; returns a line that tells it."""
+        keys = {"shape": order.shape, "variant": order.variant, "gpus": order.gpus}
+        keys["micro_batch"] = order.micro_batch_size
+        is_first = order.micro_batch_size <= SHAPES[order.shape].micro_batch_size
+        row = _row(order, result)
+        if isinstance(result, str):
+            self.failed |= is_first and result.startswith("failed")
+            shown = result
+        else:
+            for name in ("breakdown", "memory"):
+                self._rows[f"train_{name}"] += [
+                    {**keys, "category": category, SHEETS[f"train_{name}"][-1]: f"{value:.2f}"}
+                    for category, value in result[name].items()
+                ]
+            self._rows["train_kernels"] += [
+                {**keys, **kernel, "name": kernel["name"][:120], "ms": f"{kernel['ms']:.3f}"}
+                for kernel in result["kernels"]
+            ]
+            shown = f"{row['tokens_per_s_per_gpu']} tokens/s/GPU, {row['ms_per_step']} ms/step, "
+            shown += f"peak {row['peak_gib']} GiB, loss {row['loss']}, CUDA graph: {row['cuda_graph']}"
+        if not isinstance(result, str) or is_first:
+            self._rows["train"].append(row)
+        for name, columns in SHEETS.items():
+            extend_csv(self._folder / f"{name}.csv", self._head, columns, self._rows[name], keys=_KEYS)
+        return f"{order.shape} {order.variant}, micro-batch {order.micro_batch_size}: {shown}"
+
+
+def _row(order: Order, result: Mapping[str, Any] | str) -> dict[str, Any]:
+    row: dict[str, Any] = dict.fromkeys(SHEETS["train"], "")
     row |= {"shape": order.shape, "variant": order.variant, "gpus": order.gpus}
     row |= {"micro_batch": order.micro_batch_size, "microbatches": order.microbatches}
-    package = VARIANTS[order.variant].package
-    if package and importlib.util.find_spec(package) is None:
-        return row | {"absent": f"not installed: {package}"}, []
-    result = run_order(order, timeout)
     if isinstance(result, str):
-        return row | {"absent": result}, []
+        return row | {"absent": result}
     row |= {"tokens_per_s_per_gpu": f"{result['tokens_per_s_per_gpu']:.1f}"}
     row |= {name: f"{result[name]:.1f}" for name in ("ms_per_step", "q25_ms", "q75_ms", "peak_gib")}
     row |= {"mfu": "" if result["mfu"] is None else f"{result['mfu']:.4f}", "loss": f"{result['loss']:.4f}"}
-    parts = [
-        {
-            "shape": order.shape,
-            "variant": order.variant,
-            "gpus": order.gpus,
-            "category": category,
-            "ms": f"{milliseconds:.2f}",
-        }
-        for category, milliseconds in result["breakdown"].items()
-    ]
-    return row, parts
-
-
-def run_order(order: Order, timeout: float) -> dict[str, Any] | str:
-    """Measure in fresh processes, one per GPU: the numbers, or why there are none."""
-    with tempfile.TemporaryDirectory(prefix="qsparse-bench-") as folder:
-        result, errors = Path(folder, "result.json"), Path(folder, "errors.txt")
-        command = [sys.executable, "-m", "pipeline.bench.train_worker", json.dumps(order._asdict()), str(result)]
-        # As `qsparse train` starts its ranks: communication kernels stay ahead of the computation they overlap with.
-        defaults = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-        place = {"WORLD_SIZE": str(order.gpus), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        with errors.open("w") as stream:
-            ranks = [
-                subprocess.Popen(
-                    command,
-                    env={**defaults, **os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    stdout=stream,
-                    stderr=stream,
-                )
-                for rank in range(order.gpus)
-            ]
-            in_time = _wait(ranks, timeout)
-        if result.is_file() and in_time:
-            values: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-            return values
-        return (
-            f"failed: longer than --timeout {timeout:g}" if not in_time else _reason(errors.read_text(errors="replace"))
-        )
-
-
-def _wait(ranks: list[subprocess.Popen[bytes]], timeout: float) -> bool:
-    """Until all have ended, or one has failed, which ends the others; False if the time is over."""
-    end = time.monotonic() + timeout
-    try:
-        while any(rank.poll() is None for rank in ranks):
-            if any(rank.poll() for rank in ranks):
-                return True
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.1)
-        return True
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-
-
-def _reason(errors: str) -> str:
-    """The line of a traceback that names the error."""
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    named = [line for line in lines if line.split(":")[0].endswith(("Error", "Exception", "Interrupt"))]
-    return f"failed: {(named or lines or ['without a word'])[-1][:200]}"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return row | {"cuda_graph": "yes" if order.cuda_graph else "no"}
 
 
 def _draw(folder: Path, console: Console) -> int:
-    results, breakdown = read_csv(folder / "train.csv"), read_csv(folder / "train_breakdown.csv")
-    draw(results.rows, breakdown.rows, folder / "train.png")
-    tables = [table(results.rows), breakdown_table(breakdown.rows)]
+    head, _ = read_csv(folder / "train.csv")
+    sheets = {name: read_csv(folder / f"{name}.csv").rows for name in SHEETS}
+    draw(sheets, folder / "train.png")
+    tables = [
+        table(sheets["train"]),
+        breakdown_table(sheets["train"], sheets["train_breakdown"]),
+        memory_table(sheets["train"], sheets["train_memory"]),
+        kernel_table(sheets["train"], sheets["train_kernels"]),
+    ]
     for text in tables:
         console.print(text, markup=False, highlight=False)
     page = folder.with_suffix(".md")
     if page.is_file():
-        source = f"{'; '.join(results.head)}. All numbers: [train.csv]({folder.name}/train.csv)."
-        picture = f"![Training steps]({folder.name}/train.png)"
-        fragment = "\n\n".join([tables[0], picture, "Milliseconds of one step:", tables[1], source])
-        for name in update_page(page, {"train": fragment}):
+        source = f"{'; '.join(head)}. All numbers: " + ", ".join(
+            f"[{name}.csv]({folder.name}/{name}.csv)" for name in SHEETS
+        )
+        titles = ["Milliseconds of one step:", "GiB at the peak:", "The longest kernels of a step:"]
+        parts = [tables[0], f"![Training steps]({folder.name}/train.png)"]
+        for title, text in zip(titles, tables[1:], strict=True):
+            parts += [title, text]
+        for name in update_page(page, {"train": "\n\n".join([*parts, f"{source}."])}):
             console.print(f"{page} has no place for '{name}': <!-- bench: {name} --> and <!-- end -->", markup=False)
     return 0
 

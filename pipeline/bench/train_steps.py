@@ -1,17 +1,17 @@
 """Time, memory, loss and breakdown of a few optimizer steps of a `Learner`."""
 
 import dataclasses
-import resource
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from pipeline.bench.train_categories import CATEGORIES, OTHER, category
+from pipeline.bench.train_memory import memory_by_category
 from pipeline.bench.train_variants import SHAPES, VARIANTS, Order
 from pipeline.config import Config
 from pipeline.data.loader import open_windows
@@ -20,6 +20,19 @@ from pipeline.model import Model, build_model, transformer_config, unwrap
 from pipeline.sizes import flops_per_token, peak_flops
 from pipeline.world import World, parallel_world
 from qsparse_layers.schedules import Schedule
+
+FEWEST_STEPS, ENOUGH_SECONDS = 3, 4.0
+"""On one GPU, steps that take long are not repeated further than this."""
+KERNELS_NAMED = 25
+
+
+class Kernel(NamedTuple):
+    """All calls of one kernel (or operator) in a step."""
+
+    name: str
+    category: str
+    calls: int
+    ms: float
 
 
 class RandomTokens:
@@ -38,22 +51,26 @@ def measure(order: Order, config: Config) -> dict[str, Any] | None:
     """Train and measure; collective.
 
     Returns:
-        On rank 0: numbers by name; `breakdown` holds milliseconds of one step by category.
+        On rank 0: numbers by name; `breakdown` holds milliseconds of one step by category, `kernels` those of single
+        kernels, `memory` GiB by category.
     """
     with parallel_world(config) as world:
         learner = _learner(order, config, world)
         for step in range(order.warmup_steps):
             learner.step(step)
-        seconds, loss = [], float("nan")
+        seconds: list[float] = []
+        loss = float("nan")
         for step in range(order.warmup_steps, order.warmup_steps + order.steps):
             begin = time.perf_counter()
             loss = learner.step(step).loss
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - begin)
-        memory = _peak_bytes(world)
-        breakdown = _breakdown(learner, order.warmup_steps + order.steps, world)
+            if order.gpus == 1 and len(seconds) >= FEWEST_STEPS and sum(seconds) > ENOUGH_SECONDS:
+                break
+        memory = memory_by_category(learner)
+        kernels = _profile(learner, step + 1, world)
         learner.close()
-        return _numbers(order, config, seconds, loss, memory, breakdown, world) if world.is_main else None
+        return _numbers(order, config, seconds, loss, memory, kernels, world) if world.is_main else None
 
 
 def _learner(order: Order, config: Config, world: World) -> Learner:
@@ -62,7 +79,10 @@ def _learner(order: Order, config: Config, world: World) -> Learner:
     if order.data is not None:
         data = open_windows(order.data, "train", seq_length=length)
     engine = VARIANTS[order.variant].engine
-    model = te_fp8_model(config, vocab_size) if engine == "te-fp8" else build_model(config, vocab_size)
+    if engine.startswith("te-"):
+        model = te_model(config, vocab_size, fp8=engine == "te-fp8")
+    else:
+        model = build_model(config, vocab_size)
     if engine == "compiled":
         for chunk in model.chunks:
             for layer in unwrap(chunk).decoder.layers:
@@ -70,13 +90,13 @@ def _learner(order: Order, config: Config, world: World) -> Learner:
     return Learner(config, world, data, vocab_size, model=model)
 
 
-def te_fp8_model(config: Config, vocab_size: int) -> Model:
-    """megatron-core's own dense GPT of the same shape on Transformer Engine's FP8 linear layers."""
+def te_model(config: Config, vocab_size: int, *, fp8: bool) -> Model:
+    """megatron-core's own dense GPT of the same shape on Transformer Engine's layers, in bf16 or in FP8 (hybrid)."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.transformer.module import Float16Module
 
-    transformer = dataclasses.replace(transformer_config(config), fp8="hybrid")
+    transformer = dataclasses.replace(transformer_config(config), fp8="hybrid" if fp8 else None)
     chunk = GPTModel(
         config=transformer,
         transformer_layer_spec=get_gpt_layer_with_transformer_engine_spec(),
@@ -90,27 +110,19 @@ def te_fp8_model(config: Config, vocab_size: int) -> Model:
     return Model([Float16Module(transformer, chunk)], transformer, layers=[], schedule=schedule, routed=[])
 
 
-def _peak_bytes(world: World) -> int:
-    if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _breakdown(learner: Learner, step: int, world: World) -> dict[str, float]:
-    """Milliseconds of one step by category: of kernels on a GPU, of operators on a CPU."""
+def _profile(learner: Learner, step: int, world: World) -> list[Kernel]:
+    """What one step ran, longest first: kernels on a GPU, operators on a CPU."""
     on_gpu = world.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         learner.step(step)
         torch.cuda.synchronize()
-    totals: dict[str, float] = {name: 0.0 for name, _ in CATEGORIES} | {OTHER: 0.0}
+    found = []
     for event in profiler.key_averages():
-        if getattr(event, "is_user_annotation", False):
+        if getattr(event, "is_user_annotation", False) or (on_gpu and event.device_type.name != "CUDA"):
             continue
-        if on_gpu and event.device_type.name == "CUDA":
-            totals[category(event.key)] += event.self_device_time_total / 1e3
-        elif not on_gpu:
-            totals[category(event.key)] += event.self_cpu_time_total / 1e3
-    return totals
+        time_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found.append(Kernel(event.key, category(event.key), event.count, time_us / 1e3))
+    return sorted(found, key=lambda kernel: -kernel.ms)
 
 
 def _numbers(
@@ -118,10 +130,13 @@ def _numbers(
     config: Config,
     seconds: Sequence[float],
     loss: float,
-    memory: int,
-    breakdown: Mapping[str, float],
+    memory: Mapping[str, int],
+    kernels: Sequence[Kernel],
     world: World,
 ) -> dict[str, Any]:
+    breakdown: dict[str, float] = {name: 0.0 for name, _ in CATEGORIES} | {OTHER: 0.0}
+    for kernel in kernels:
+        breakdown[kernel.category] += kernel.ms
     low, median, high = statistics.quantiles(list(seconds) * (3 if len(seconds) == 1 else 1), n=4, method="inclusive")
     tokens = config.training.global_batch_size * config.training.seq_length / order.gpus
     flops = flops_per_token(config, SHAPES[order.shape].vocab_size)
@@ -131,8 +146,10 @@ def _numbers(
         "ms_per_step": median * 1e3,
         "q25_ms": low * 1e3,
         "q75_ms": high * 1e3,
-        "peak_gib": memory / 2**30,
+        "peak_gib": sum(memory.values()) / 2**30,
         "mfu": None if peak is None else flops * tokens / median / peak,
         "loss": loss,
         "breakdown": breakdown,
+        "memory": {name: size / 2**30 for name, size in memory.items()},
+        "kernels": [kernel._asdict() for kernel in kernels[:KERNELS_NAMED]],
     }

@@ -1,9 +1,10 @@
 """Shapes and variants of `qsparse bench train`; no torch here."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pipeline.config import Config
 
+WORKER = "pipeline.bench.train_worker"
 BITNET = {"weights": "ternary", "activations": "int8", "sub_norm": True}
 
 
@@ -13,20 +14,33 @@ class Variant(NamedTuple):
     summary: str
     qsparse: dict[str, Any]
     kernels: str = "auto"
-    engine: str = "ours"
-    """`ours`; `compiled`: with torch.compile around each transformer layer; `te-fp8`: Transformer Engine's model."""
+    engine: Literal["ours", "compiled", "te-bf16", "te-fp8"] = "ours"
+    """`compiled`: with torch.compile around each transformer layer; `te-...`: Transformer Engine's model."""
     package: str = ""
     """What has to be installed."""
+    cuda_graph: bool = True
+    """Whether to try `run.cuda_graph` first; what cannot be captured is measured without."""
 
 
 VARIANTS = {
     "dense": Variant("bf16, no sparsity, no quantization", {}),
+    "te-bf16": Variant(
+        "dense, Transformer Engine's layers in bf16", {}, engine="te-bf16", package="transformer_engine"
+    ),
     "te-fp8": Variant(
         "dense, Transformer Engine's FP8 layers (hybrid, delayed scaling)",
         {},
         engine="te-fp8",
         package="transformer_engine",
     ),
+    "bitnet": Variant("ternary weights, 8-bit activations", BITNET),
+    "qsparse-bitnet": Variant("top-K 50%, ternary weights, 8-bit activations", {"sparsity": 0.5, **BITNET}),
+    "qsparse-bitnet-fast": Variant("the same with gradients=e4m3", {"sparsity": 0.5, "gradients": "e4m3", **BITNET}),
+    "block": Variant(
+        "16:32 with gradients=e4m3",
+        {"sparsity": 0.5, "pattern": "block", "block_size": 32, "gradients": "e4m3", **BITNET},
+    ),
+    "qsparse": Variant("top-K 50%, weights and activations in bf16", {"sparsity": 0.5}),
     "naive": Variant(
         "as qsparse-bitnet, on run.kernels=reference: plain PyTorch", {"sparsity": 0.5, **BITNET}, kernels="reference"
     ),
@@ -35,17 +49,9 @@ VARIANTS = {
         {"sparsity": 0.5, **BITNET},
         kernels="reference",
         engine="compiled",
-    ),
-    "bitnet": Variant("ternary weights, 8-bit activations", BITNET),
-    "qsparse": Variant("top-K 50%, weights and activations in bf16", {"sparsity": 0.5}),
-    "qsparse-bitnet": Variant("top-K 50%, ternary weights, 8-bit activations", {"sparsity": 0.5, **BITNET}),
-    "qsparse-bitnet-fast": Variant("the same with gradients=e4m3", {"sparsity": 0.5, "gradients": "e4m3", **BITNET}),
-    "block": Variant(
-        "16:32 with gradients=e4m3",
-        {"sparsity": 0.5, "pattern": "block", "block_size": 32, "gradients": "e4m3", **BITNET},
+        cuda_graph=False,
     ),
 }
-DEFAULT_VARIANTS = tuple(name for name in VARIANTS if name != "naive-compiled")
 
 
 class Shape(NamedTuple):
@@ -54,6 +60,7 @@ class Shape(NamedTuple):
     model: dict[str, int]
     seq_length: int
     micro_batch_size: int
+    """That fits every variant into 80 GB; twice of it is tried where half of the memory was enough."""
     vocab_size: int
 
 
@@ -88,13 +95,14 @@ class Order(NamedTuple):
     steps: int
     warmup_steps: int
     data: str | None
+    cuda_graph: bool = False
 
     def config(self) -> Config:
         """The run that is measured."""
         shape, variant = SHAPES[self.shape], VARIANTS[self.variant]
         return Config.model_validate(
             {
-                "run": {"device": self.device, "kernels": variant.kernels},
+                "run": {"device": self.device, "kernels": variant.kernels, "cuda_graph": self.cuda_graph},
                 "model": {**shape.model, "vocab_size": shape.vocab_size, "qsparse": variant.qsparse},
                 "parallel": {
                     "dp": self.gpus,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.compare.search import COMPARISON_TAG
-from pipeline.compare.store import store_of
+from pipeline.compare.store import work_on_store
 from pipeline.mlflow_points import clean_name
 from pipeline.run_directory import RunDirectory, write_atomic
 
@@ -68,21 +68,18 @@ def _id(path: Path) -> str:
 
 
 def main() -> int:
-    """Publish; exit code 1 if the store does not answer, 2 if there is none."""
+    """Publish; returns the exit code."""
     parser = argparse.ArgumentParser(prog="qsparse compare")
     parser.add_argument("folder", type=Path)
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--experiment", required=True)
     parser.add_argument("--root", type=Path, required=True)
     arguments = parser.parse_args()
-    try:
-        with store_of(arguments.root) as client:
-            run_id = publish(client, arguments.experiment, arguments.folder, arguments.runs)
-    except (ConnectionError, ValueError) as error:
-        print(f"qsparse: the comparison is not in MLflow: {error}", file=sys.stderr)
-        return 1 if isinstance(error, ConnectionError) else 2
-    print(f"MLflow run {run_id}")
-    return 0
+
+    def work(client: "MlflowClient") -> str:
+        return f"MLflow run {publish(client, arguments.experiment, arguments.folder, arguments.runs)}"
+
+    return work_on_store(arguments.root, work, complaint="the comparison is not in MLflow: ")
 
 
 if __name__ == "__main__":

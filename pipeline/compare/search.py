@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.compare.store import store_of
+from pipeline.compare.store import work_on_store
 from pipeline.mlflow_points import TOKEN_AXIS
 from pipeline.mlflow_sweep import SWEEP_TAG
 from pipeline.run_directory import RunDirectory, RunState, write_atomic
@@ -76,21 +76,18 @@ def _fetch(client: "MlflowClient", run: "Run", folder: Path) -> Path:
 
 
 def main() -> int:
-    """Print directories; exit code 1 if the store does not answer, 2 if the question is wrong."""
+    """Print directories; returns the exit code."""
     parser = argparse.ArgumentParser(prog="qsparse compare --search")
     parser.add_argument("query")
     parser.add_argument("--experiment", required=True)
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True)
     arguments = parser.parse_args()
-    try:
-        with store_of(arguments.root) as client:
-            directories = search(client, arguments.experiment, arguments.query, arguments.folder)
-    except (ConnectionError, ValueError) as error:
-        print(f"qsparse: {error}", file=sys.stderr)
-        return 1 if isinstance(error, ConnectionError) else 2
-    print("\n".join(map(str, directories)))
-    return 0
+
+    def work(client: "MlflowClient") -> str:
+        return "\n".join(map(str, search(client, arguments.experiment, arguments.query, arguments.folder)))
+
+    return work_on_store(arguments.root, work)
 
 
 if __name__ == "__main__":

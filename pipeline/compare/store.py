@@ -1,17 +1,33 @@
-"""The MLflow store of a folder of runs: which one it is, and errors of it in one line."""
+"""The MLflow store of a folder of runs: which one it is, and errors of it in one line and as exit codes."""
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.config import Config
-from pipeline.mlflow_run import first_line, make_client, without_password
-from pipeline.tracking import resolve_uri
+from pipeline.mlflow_run import first_line, make_client
+from pipeline.tracking_uri import resolve_uri, without_password
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+
+def work_on_store(root: Path, work: Callable[["MlflowClient"], str], *, complaint: str = "") -> int:
+    """Print what `work` returns for the store of `root`, as the body of a command.
+
+    Returns:
+        0; 1 if the store does not answer; 2 if there is none, or the question is wrong.
+    """
+    try:
+        with store_of(root) as client:
+            print(work(client))
+    except (ConnectionError, ValueError) as error:
+        print(f"qsparse: {complaint}{error}", file=sys.stderr)
+        return 1 if isinstance(error, ConnectionError) else 2
+    return 0
 
 
 @contextmanager

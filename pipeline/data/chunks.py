@@ -6,17 +6,18 @@ cache, which processes of a node share.  Tar headers have checksums but payloads
 bit would train silently.
 """
 
-import zlib
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.checksum import crc32
 from pipeline.data.errors import BadChunkError
 from pipeline.data.index import load_split_index
 from pipeline.data.manifest import DatasetManifest, Split
-from pipeline.data.shards import chunk_key
+from pipeline.data.shards import DOCLENS_DTYPE, chunk_key, read_npy
 from pipeline.data.stores import Extent, FolderStore, Store
 
 
@@ -45,7 +46,8 @@ class ChunkReader:
     ) -> None:
         self.index = load_split_index(folder, manifest, split, check_files=check_files and store is None)
         self._store = store or FolderStore(folder)
-        self._dtype, self._vocab_size = manifest.token_dtype, manifest.vocab_size
+        self.dtype: np.dtype[Any] = manifest.token_dtype
+        self._vocab_size = manifest.vocab_size
         self._extents: dict[int, Extent] = {}
         self._checked = bytearray(len(self.index.chunks))
 
@@ -55,17 +57,36 @@ class ChunkReader:
         tokens: npt.NDArray[np.int64] = self.index.chunks["tokens"]
         return tokens
 
-    def read(self, chunk: int, start: int, count: int) -> npt.NDArray[Any]:
-        """Tokens `[start, start + count)` of a chunk, in the stored dtype.
+    def read(self, chunk: int, start: int, count: int) -> bytes:
+        """Tokens `[start, start + count)` of a chunk, as bytes of `dtype`.
 
         Raises:
             BadChunkError: The shard cannot be read, or the chunk is not what was written.
         """
-        if not self._checked[chunk]:
-            tokens = self._read_whole(chunk)
-            self._checked[chunk] = 1
-            return tokens[start : start + count]
-        return self._pread(chunk, start, count)
+        begin, size = start * self.dtype.itemsize, count * self.dtype.itemsize
+        if self._checked[chunk]:
+            return self._pread(chunk, begin, size)
+        data = self._read_whole(chunk)
+        self._checked[chunk] = 1
+        return data[begin : begin + size]
+
+    def document_lengths(self, chunk: int) -> npt.NDArray[np.int64]:
+        """Tokens of the chunk's documents, or pieces of documents at its ends: the member before the tokens.
+
+        Raises:
+            BadChunkError: The shard cannot be read there.
+        """
+        tokens = self.extent(chunk)
+        _, number = self.index.place(chunk)
+        begin = _member_end(self.extent(chunk - 1)) if number else 0
+        lengths = Extent(tokens.shard, begin, tokens.begin - begin)
+        try:
+            data = self._store.read(lengths, 0, lengths.size)
+            member = tarfile.TarInfo.frombuf(data[: tarfile.BLOCKSIZE], "ascii", "strict")
+            array, _ = read_npy(data[tarfile.BLOCKSIZE : tarfile.BLOCKSIZE + member.size], DOCLENS_DTYPE)
+            return array.astype(np.int64)
+        except (OSError, ValueError, tarfile.TarError) as error:
+            raise self._error(chunk, f"the lengths of its documents cannot be read: {error}") from None
 
     def close(self) -> None:
         """Close the shards; reading opens them again."""
@@ -76,7 +97,7 @@ class ChunkReader:
         shard, _ = self.index.place(chunk)
         record = self.index.chunks[chunk]
         return Extent(
-            self.index.records[shard].name, int(record["offset"]), int(record["tokens"]) * self._dtype.itemsize
+            self.index.records[shard].name, int(record["offset"]), int(record["tokens"]) * self.dtype.itemsize
         )
 
     def _known_extent(self, chunk: int) -> Extent:
@@ -87,30 +108,31 @@ class ChunkReader:
             found = self._extents[chunk] = self.extent(chunk)
         return found
 
-    def _read_whole(self, chunk: int) -> npt.NDArray[Any]:
+    def _read_whole(self, chunk: int) -> bytes:
+        extent = self._known_extent(chunk)
         for attempt in range(self._store.attempts):
-            tokens = self._pread(chunk, 0, self._known_extent(chunk).size // self._dtype.itemsize)
-            if (problem := self._problem(chunk, tokens)) is None:
-                return tokens
-            self._store.discard(self._known_extent(chunk))
+            data = self._pread(chunk, 0, extent.size)
+            if (problem := self._problem(chunk, data)) is None:
+                return data
+            self._store.discard(extent)
             if attempt + 1 == self._store.attempts:
                 raise self._error(chunk, problem)
         raise AssertionError("a store makes at least one attempt")
 
-    def _pread(self, chunk: int, start: int, count: int) -> npt.NDArray[Any]:
-        size = count * self._dtype.itemsize
+    def _pread(self, chunk: int, begin: int, size: int) -> bytes:
         try:
-            data = self._store.read(self._known_extent(chunk), start * self._dtype.itemsize, size)
+            data = self._store.read(self._known_extent(chunk), begin, size)
         except OSError as error:
             raise self._error(chunk, f"cannot be read: {error.strerror or error}") from None
         if len(data) != size:
             raise self._error(chunk, f"the file ends {size - len(data)} bytes early")
-        return np.frombuffer(data, dtype=self._dtype)
+        return data
 
-    def _problem(self, chunk: int, tokens: npt.NDArray[Any]) -> str | None:
+    def _problem(self, chunk: int, data: bytes) -> str | None:
         expected = int(self.index.chunks["crc32"][chunk])
-        if (found := zlib.crc32(tokens.data)) != expected:
+        if (found := crc32(data)) != expected:
             return f"crc32 is {found:08x}, the index says {expected:08x}: the shard was damaged"
+        tokens = np.frombuffer(data, dtype=self.dtype)
         if tokens.size and (largest := int(tokens.max())) >= self._vocab_size:
             return f"token id {largest} is outside the vocabulary of {self._vocab_size}"
         return None
@@ -123,3 +145,8 @@ class ChunkReader:
             f"{self._store.describe(extent.shard)}: member {member} at byte {extent.begin}: {problem}; "
             f"{self._store.advice}"
         )
+
+
+def _member_end(tokens: Extent) -> int:
+    end = tokens.begin + tokens.size
+    return end + -end % tarfile.BLOCKSIZE

@@ -14,8 +14,10 @@ from rich.console import Console
 from pipeline.data.errors import DataError
 from pipeline.data.export import export_megatron
 from pipeline.data.info import print_info
+from pipeline.data.loader import SourceFiles
 from pipeline.data.options import PrepareOptions
 from pipeline.data.prepare import PrepareResult, default_workers, prepare
+from pipeline.data.remote import RemoteOptions
 from pipeline.data.statistics import dry_run, print_dry_run
 from pipeline.data.verify import verify_dataset
 
@@ -45,14 +47,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     _add_prepare(commands)
     info = commands.add_parser("info", help="show splits, document lengths and cut documents")
-    info.add_argument("dataset", type=Path, metavar="DIR", help="dataset folder")
+    _add_dataset(info)
     info.add_argument(
         "--seq-length", type=int, action="append", metavar="N",
         help="sequence length to count cut documents for; may be repeated (default: 256 2048 4096)",
     )  # fmt: skip
     info.set_defaults(run=_guarded(_run_info))
     verify = commands.add_parser("verify", help="check every shard against dataset.json")
-    verify.add_argument("dataset", type=Path, metavar="DIR", help="dataset folder")
+    _add_dataset(verify)
     verify.add_argument("--workers", type=int, default=default_workers(), metavar="N", help="threads (default: cores)")
     verify.set_defaults(run=_guarded(_run_verify))
     export = commands.add_parser("export", help="write a dataset as Megatron's .bin and .idx")
@@ -60,6 +62,12 @@ def _add_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]
     export.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for SPLIT.bin and SPLIT.idx")
     export.add_argument("--overwrite", action="store_true", help="replace files of these names")
     export.set_defaults(run=_guarded(_run_export))
+
+
+def _add_dataset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="DIR", help="dataset folder or address, such as s3://bucket/folder")
+    parser.add_argument("--cache", type=Path, default=RemoteOptions().cache, metavar="DIR",
+        help="where what is fetched from an address lies meanwhile (default: %(default)s)")  # fmt: skip
 
 
 def _add_prepare(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -189,12 +197,14 @@ def _options(arguments: argparse.Namespace) -> PrepareOptions:
 
 def _run_info(arguments: argparse.Namespace) -> int:
     seq_lengths = _seq_lengths(arguments, [256, 2048, 4096])
-    print_info(arguments.dataset, seq_lengths=seq_lengths, console=Console())
+    files = SourceFiles(arguments.dataset, RemoteOptions(cache=arguments.cache))
+    print_info(files, seq_lengths=seq_lengths, console=Console())
     return 0
 
 
 def _run_verify(arguments: argparse.Namespace) -> int:
-    problems = verify_dataset(arguments.dataset, workers=max(arguments.workers, 1))
+    remote = RemoteOptions(cache=arguments.cache)
+    problems = verify_dataset(arguments.dataset, workers=max(arguments.workers, 1), remote=remote)
     for problem in problems:
         print(problem)
     if not problems:

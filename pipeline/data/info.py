@@ -1,20 +1,19 @@
 """What a dataset holds: splits, shards, document lengths, and how many documents a sequence length cuts."""
 
-import io
-import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.data.index import open_index
-from pipeline.data.manifest import DatasetManifest, ShardRecord, Split, load_manifest
+from pipeline.data.loader import SourceFiles
+from pipeline.data.manifest import DatasetManifest, Split
 
+_THREADS = 8
 _EDGES = (0, 64, 256, 1024, 4096, 16384, 65536)
 
 
@@ -28,71 +27,60 @@ class DocumentStatistics:
     """Tokens of each document, EOD included."""
     continued: npt.NDArray[np.bool_]
     """Documents that go on in the next chunk."""
+    last: npt.NDArray[np.bool_]
+    """Documents whose EOD is the last token of a chunk, which is a label only."""
+
+    @property
+    def inputs(self) -> npt.NDArray[np.int64]:
+        """Tokens of each document that may be inputs."""
+        return self.lengths - self.last
 
     def cut(self, seq_length: int) -> npt.NDArray[np.bool_]:
         """Which documents do not lie in one window of `seq_length` inputs."""
-        last = self.starts + self.lengths - 1
-        crosses: npt.NDArray[np.bool_] = self.starts // seq_length != last // seq_length
+        end = self.starts + np.maximum(self.inputs, 1) - 1
+        crosses: npt.NDArray[np.bool_] = self.starts // seq_length != end // seq_length
         return crosses | self.continued
 
 
-def document_statistics(folder: Path, split: Split) -> DocumentStatistics:
+def document_statistics(files: SourceFiles, split: Split) -> DocumentStatistics:
     """Read the document lengths of a split.
 
     Raises:
         DataError: The split or one of its shards is missing or damaged.
     """
-    manifest = load_manifest(folder)
-    starts: list[int] = []
-    lengths: list[int] = []
-    continued: list[bool] = []
-    for record in manifest.shards_of(split, folder):
-        open_part = False
-        for doclens, documents in _chunk_lengths(folder, record, manifest):
-            begin = np.cumsum(doclens) - doclens
-            first = 0
-            if open_part:  # the first piece belongs to the document that the last chunk left open
-                lengths[-1] += int(doclens[0])
-                first = 1
-            starts += begin[first:].tolist()
-            lengths += doclens[first:].tolist()
-            continued += [False] * (len(doclens) - first)
-            open_part = documents < len(doclens)
-            if open_part:
-                continued[-1] = True
-    return DocumentStatistics(np.array(starts), np.array(lengths), np.array(continued, dtype=np.bool_))
+    reader = files.open(split, check_files=True)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        chunks = list(pool.map(reader.document_lengths, range(len(reader.index.chunks))))
+    pieces = np.concatenate(chunks)
+    starts = np.concatenate([np.cumsum(lengths) - lengths for lengths in chunks])
+    ends_chunk = np.zeros(len(pieces), dtype=np.bool_)
+    ends_chunk[np.cumsum([len(lengths) for lengths in chunks]) - 1] = True
+    closed = ~ends_chunk
+    closed[ends_chunk] = [len(c) == n for c, n in zip(chunks, reader.index.chunks["documents"], strict=True)]
+    first = np.flatnonzero(np.concatenate(([True], closed[:-1])))
+    return DocumentStatistics(
+        starts[first], np.add.reduceat(pieces, first), ~closed[first], (ends_chunk & closed)[first]
+    )
 
 
-def _chunk_lengths(
-    folder: Path, record: ShardRecord, manifest: DatasetManifest
-) -> Iterator[tuple[npt.NDArray[np.int64], int]]:
-    index = open_index(folder, record, manifest.dtype)
-    with tarfile.open(folder / record.name) as tar:
-        members = [member for member in tar.getmembers() if member.name.endswith(".doclens.npy")]
-        for member, chunk in zip(members, index.chunks, strict=True):
-            file = tar.extractfile(member)
-            assert file is not None
-            yield np.load(io.BytesIO(file.read()), allow_pickle=False).astype(np.int64), int(chunk["documents"])
-
-
-def print_info(folder: Path, *, seq_lengths: Sequence[int], console: Console) -> None:
+def print_info(files: SourceFiles, *, seq_lengths: Sequence[int], console: Console) -> None:
     """Print tables of a dataset.
 
     Args:
-        folder: Dataset folder.
+        files: The dataset.
         seq_lengths: Sequence lengths to count cut documents for.
         console: Where to print.
     """
-    manifest = load_manifest(folder)
+    manifest = files.manifest
     tokenizer = manifest.tokenizer
-    console.print(f"[bold]{folder}[/]: {', '.join(manifest.source)}; licence {manifest.license or 'not stated'}")
+    console.print(f"[bold]{files.path}[/]: {', '.join(manifest.source)}; licence {manifest.license or 'not stated'}")
     console.print(
         f"tokenizer {tokenizer.name} ({manifest.vocab_size} ids, encoded with {tokenizer.encoder}), {manifest.dtype}, "
         f"EOD {manifest.eod_id}, about {manifest.chunk_tokens:,} tokens per chunk"
     )
     console.print(f"made by: {manifest.command}", highlight=False)
     present: list[Split] = [split for split, records in manifest.splits.items() if records]
-    statistics = {split: document_statistics(folder, split) for split in present}
+    statistics = {split: document_statistics(files, split) for split in present}
     console.print(_splits_table(manifest))
     console.print(_lengths_table(statistics))
     console.print(_cut_table(statistics, seq_lengths))
@@ -125,7 +113,7 @@ def _cut_table(statistics: dict[Split, DocumentStatistics], seq_lengths: Sequenc
     for seq_length in seq_lengths:
         cells: list[str] = []
         for part in statistics.values():
-            cut, fits = part.cut(seq_length), part.lengths <= seq_length
+            cut, fits = part.cut(seq_length), part.inputs <= seq_length
             cells += [f"{cut.mean():.1%}", f"{cut[fits].mean():.1%}" if fits.any() else "-"]
         table.add_row(str(seq_length), *cells)
     return table

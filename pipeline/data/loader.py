@@ -24,7 +24,7 @@ from pipeline.data.errors import BadChunkError, DataError
 from pipeline.data.index import combine_index
 from pipeline.data.manifest import DatasetManifest, Split, load_manifest
 from pipeline.data.mixing import MixingError, Mixture, block_size
-from pipeline.data.order import ORDER_VERSION, Shuffle, SourceOrder, make_order
+from pipeline.data.order import ORDER_VERSION, Places, Shuffle, SourceOrder, make_order
 from pipeline.data.phases import Phase
 from pipeline.data.remote import RemoteFolder, RemoteOptions, RemoteStore, fetch_metadata, is_remote
 from pipeline.data.stores import Store
@@ -210,35 +210,29 @@ class WindowDataset:
         if numbers.size and stretches.min() != stretches.max():
             raise ValueError(f"samples {numbers.min()} to {numbers.max()} have different sequence lengths")
         stretch = int(stretches[0]) if numbers.size else 0
-        length = self._mixture.lengths[stretch]
-        out = np.empty((len(numbers), length + 1), dtype=np.int64)
-        for source in np.unique(sources).tolist():
+        out = np.empty((len(numbers), self._mixture.lengths[stretch] + 1), dtype=np.int64)
+        for source in range(len(self._sources)):
             rows = np.flatnonzero(sources == source)
-            places = self._orders[stretch, source].locate(draws[rows])
-            self._read(out, rows, stretch, source, *places)
+            if rows.size:
+                out[rows] = self._read(stretch, source, self._orders[stretch, source].locate(draws[rows]))
         return out
 
-    def _read(
-        self,
-        out: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.int64],
-        stretch: int,
-        source: int,
-        epochs: npt.NDArray[np.int64],
-        chunks: npt.NDArray[np.int64],
-        windows: npt.NDArray[np.int64],
-    ) -> None:
+    def _read(self, stretch: int, source: int, places: Places) -> npt.NDArray[Any]:
+        """[n, seq_length + 1] tokens in the stored dtype, joined as bytes: cheaper than n small arrays."""
         reader, length = self._sources[source].reader, self._mixture.lengths[stretch]
-        places = (rows.tolist(), epochs.tolist(), chunks.tolist(), windows.tolist())
-        for row, epoch, chunk, window in zip(*places, strict=True):
-            if self._bad_chunks is None:
-                out[row] = reader.read(chunk, window * length, length + 1)
-            else:
-                out[row] = self._read_or_substitute(self._bad_chunks, stretch, source, epoch, chunk, window)
+        epochs, chunks, windows = (numbers.tolist() for numbers in places)
+        if self._bad_chunks is None:
+            parts = [reader.read(c, w * length, length + 1) for c, w in zip(chunks, windows, strict=True)]
+        else:
+            parts = [
+                self._read_or_substitute(self._bad_chunks, stretch, source, *place)
+                for place in zip(epochs, chunks, windows, strict=True)
+            ]
+        return np.frombuffer(b"".join(parts), dtype=reader.dtype).reshape(len(parts), length + 1)
 
     def _read_or_substitute(
         self, bad: BadChunks, stretch: int, source: int, epoch: int, chunk: int, window: int
-    ) -> npt.NDArray[Any]:
+    ) -> bytes:
         reader, length = self._sources[source].reader, self._mixture.lengths[stretch]
         windows = self._windows[stretch, source]
         place = (self._seed, stretch, epoch, chunk, window)

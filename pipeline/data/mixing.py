@@ -130,6 +130,10 @@ class Mixture:
 
     def locate(self, samples: I64) -> tuple[I64, I64, I64]:
         """Stretch, source and draw of samples, [n] each."""
+        if len(self._parts) == 1:
+            (only,) = self._parts
+            source = only.sources(samples)
+            return np.zeros_like(samples), source, only.draws(source, samples)
         part = np.searchsorted(self._firsts, samples, side="right") - 1
         stretch, source, draw = (np.empty_like(samples) for _ in range(3))
         for number in np.unique(part):

@@ -18,7 +18,7 @@ apart, so documents must have been shuffled when the shards were written (`prepa
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -34,6 +34,10 @@ LANE_DEPTH = 4
 _CHUNKS_PER_LANE = 8
 _GROUP = 16
 _SLICE = 1 << 16
+_TABLE_WINDOWS = 1 << 20
+"""Permutations of at most so many windows are computed once per epoch: a look-up is faster, and takes 8 MB."""
+_KNOWN_GROUPS = 1 << 16
+"""Of 16 chunks; a rank reads 4 per sample of its batch."""
 
 Shuffle = Literal["windows", "chunks"]
 Key = tuple[int | str, ...]
@@ -75,19 +79,15 @@ class WindowShuffle:
     """
 
     def __init__(self, windows_per_chunk: npt.NDArray[np.integer], key: Key) -> None:
-        self._end = np.cumsum(windows_per_chunk, dtype=np.int64)
-        self.num_windows = _checked_total(int(self._end[-1]))
-        self._key = key
+        begin = np.cumsum([0, *windows_per_chunk], dtype=np.int64)
+        self.num_windows = _checked_total(int(begin[-1]))
+        self._epochs = _Epochs(
+            self.num_windows, lambda number: _ShuffledWindows(begin, self.num_windows, (*key, number, "windows"))
+        )
 
     def locate(self, draws: I64) -> Places:
         """Where these draws lie, [n] each."""
-        epoch, position = np.divmod(draws, self.num_windows)
-        item = np.empty_like(position)
-        for current in np.unique(epoch):
-            here = epoch == current
-            item[here] = Permutation(self.num_windows, (*self._key, int(current), "windows"))(position[here])
-        chunk = np.searchsorted(self._end, item, side="right")
-        return Places(epoch, chunk, item - np.where(chunk > 0, self._end[chunk - 1], 0))
+        return self._epochs.locate(draws)
 
 
 class ChunkInterleave:
@@ -102,26 +102,15 @@ class ChunkInterleave:
     def __init__(self, windows_per_chunk: npt.NDArray[np.integer], key: Key, layouts: Sequence[LayoutChange]) -> None:
         self._windows = np.asarray(windows_per_chunk, dtype=np.int32)
         self.num_windows = _checked_total(int(self._windows.sum(dtype=np.int64)))
-        self._key, self._layouts = key, tuple(layouts)
-        self._epochs: dict[int, _Epoch] = {}
-        self._lock = threading.Lock()
+        self._layouts = tuple(layouts)
+        self._epochs = _Epochs(
+            self.num_windows,
+            lambda number: _InterleavedChunks(self._windows, (*key, number), self._changes(number)),
+        )
 
     def locate(self, draws: I64) -> Places:
         """Where these draws lie, [n] each."""
-        epoch, position = np.divmod(draws, self.num_windows)
-        chunk, window = np.empty_like(position), np.empty_like(position)
-        for current in np.unique(epoch).tolist():
-            here = epoch == current
-            chunk[here], window[here] = self._epoch(current).locate(position[here])
-        return Places(epoch, chunk, window)
-
-    def _epoch(self, number: int) -> "_Epoch":
-        with self._lock:
-            if number not in self._epochs:
-                if len(self._epochs) > 1:  # readers stand in one epoch, or across the border of two
-                    self._epochs.pop(min(self._epochs))
-                self._epochs[number] = _Epoch(self._windows, (*self._key, number), self._changes(number))
-            return self._epochs[number]
+        return self._epochs.locate(draws)
 
     def _changes(self, epoch: int) -> list[tuple[int, Layout]]:
         """(first draw of this epoch, layout) of the layouts that are used in the epoch."""
@@ -135,8 +124,54 @@ class ChunkInterleave:
         return Layout(columns, min(max(depth, 1), LANE_DEPTH))
 
 
-class _Epoch:
-    """One epoch: a row of windows, and the lanes that read it, cut anew at each change of the layout."""
+class _Epoch(Protocol):
+    def locate(self, position: I64) -> tuple[I64, I64]:
+        """Chunks and windows of these draws, counted from the beginning of the epoch."""
+
+
+class _Epochs:
+    """Epochs of the same length one after the other, made when they are needed; threads may share it."""
+
+    def __init__(self, num_windows: int, make: Callable[[int], _Epoch]) -> None:
+        self._num_windows, self._make = num_windows, make
+        self._known: dict[int, _Epoch] = {}
+        self._lock = threading.Lock()
+
+    def locate(self, draws: I64) -> Places:
+        epoch, position = np.divmod(draws, self._num_windows)
+        chunk, window = np.empty_like(position), np.empty_like(position)
+        for number in set(epoch.tolist()):
+            here = epoch == number
+            chunk[here], window[here] = self._epoch(number).locate(position[here])
+        return Places(epoch, chunk, window)
+
+    def _epoch(self, number: int) -> _Epoch:
+        with self._lock:
+            if number not in self._known:
+                if len(self._known) > 1:  # readers stand in one epoch, or across the border of two
+                    self._known.pop(min(self._known))
+                self._known[number] = self._make(number)
+            return self._known[number]
+
+
+class _ShuffledWindows:
+    """One epoch of `windows`."""
+
+    def __init__(self, begin: I64, num_windows: int, key: Key) -> None:
+        self._begin = begin
+        permutation = Permutation(num_windows, key)
+        self._items: Callable[[I64], I64] = permutation
+        if num_windows <= _TABLE_WINDOWS:
+            self._items = permutation(np.arange(num_windows)).__getitem__
+
+    def locate(self, position: I64) -> tuple[I64, I64]:
+        item = self._items(position)
+        chunk = np.searchsorted(self._begin, item, side="right") - 1
+        return chunk, item - self._begin[chunk]
+
+
+class _InterleavedChunks:
+    """One epoch of `chunks`: a row of windows, and the lanes that read it, cut anew at each change of the layout."""
 
     def __init__(self, windows_per_chunk: npt.NDArray[np.int32], key: Key, changes: list[tuple[int, Layout]]) -> None:
         self._row = _PermutedChunks(windows_per_chunk, (*key, "chunks"))
@@ -149,6 +184,8 @@ class _Epoch:
             self._lanes.append(Lanes(self._row.num_windows - begin, layout, (*key, number)))
 
     def locate(self, position: I64) -> tuple[I64, I64]:
+        if not self._unread:
+            return self._row.locate(self._lanes[0].items(position))
         level = np.searchsorted(self._begins, position, side="right") - 1
         item = position - self._begins[level]
         for number in range(len(self._lanes) - 1, -1, -1):
@@ -157,6 +194,17 @@ class _Epoch:
             if remapped.any():
                 item[remapped] = self._unread[number].items(item[remapped])
         return self._row.locate(item)
+
+
+class _Groups(NamedTuple):
+    """Some groups of 16 chunks."""
+
+    groups: I64
+    """[g] ascending."""
+    chunks: I64
+    """[g, 16]"""
+    begins: I64
+    """[g, 16] where the windows of each chunk begin in the row."""
 
 
 class _PermutedChunks:
@@ -172,15 +220,30 @@ class _PermutedChunks:
             lengths[some + 1] = self._lengths_of(some)[1].sum(axis=1)
         self._begin = np.cumsum(lengths)
         self.num_windows = int(self._begin[-1])
+        self._known = self._groups(np.zeros(1, dtype=np.int64))
 
     def locate(self, item: I64) -> tuple[I64, I64]:
         group = np.searchsorted(self._begin, item, side="right") - 1
-        groups, row = np.unique(group, return_inverse=True)
+        known = self._known
+        row = np.searchsorted(known.groups, group)
+        if not np.array_equal(known.groups.take(row, mode="clip"), group):
+            known = self._known = self._learn(group)
+            row = np.searchsorted(known.groups, group)
+        place = (known.begins[row] <= item[:, None]).sum(axis=1) - 1
+        return known.chunks[row, place], item - known.begins[row, place]
+
+    def _learn(self, group: I64) -> "_Groups":
+        """What is known, with these groups: readers stay in the same ones for thousands of draws."""
+        known, groups = self._known, np.unique(group)
+        if len(known.groups) + groups.size > _KNOWN_GROUPS:
+            return self._groups(groups)  # without those that readers have left
+        new = self._groups(np.setdiff1d(groups, known.groups))
+        where = np.searchsorted(known.groups, new.groups)
+        return _Groups(*(np.insert(old, where, more, axis=0) for old, more in zip(known, new, strict=True)))
+
+    def _groups(self, groups: I64) -> "_Groups":
         chunks, lengths = self._lengths_of(groups)
-        ends = np.cumsum(lengths, axis=1)
-        offset = item - self._begin[group]
-        place = (ends[row] <= offset[:, None]).sum(axis=1)
-        return chunks[row, place], offset - (ends - lengths)[row, place]
+        return _Groups(groups, chunks, self._begin[groups][:, None] + np.cumsum(lengths, axis=1) - lengths)
 
     def _lengths_of(self, groups: I64) -> tuple[I64, I64]:
         """Chunks of these groups in order and their windows, [groups, 16]; what is past the last chunk has none."""

@@ -8,7 +8,6 @@ limit, since a read that hangs stops every rank.  What does not exist or is not 
 """
 
 import hashlib
-import os
 import random
 import time
 from collections.abc import Callable, Iterable
@@ -31,6 +30,7 @@ T = TypeVar("T")
 _FIRST_WAIT_SECONDS = 0.5
 _LONGEST_WAIT_SECONDS = 30.0
 _THREADS = 8
+_PIECE_BYTES = 2**24
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,29 @@ class RemoteFolder:
         end = None if begin is None or size is None else begin + size
         return self._with_retries(name, lambda: self._fetch_once(name, begin, end))
 
-    def size(self, name: str) -> int:
-        """Bytes of a file.
+    def download(self, name: str, path: Path) -> None:
+        """Copy a file piece by piece, each with its own attempts; `path` appears when it is complete.
 
         Raises:
             OSError: as for `fetch`.
         """
-        return self._with_retries(name, lambda: int(self._call(self._files.info, name)["size"]))
+        size = self._with_retries(name, lambda: int(self._call(self._files.info, name)["size"]))
+        with atomic_write(path) as file:
+            for begin in range(0, size, _PIECE_BYTES):
+                file.write(self.fetch(name, begin, min(_PIECE_BYTES, size - begin)))
+
+    def names(self) -> list[str]:
+        """Names of all files; none if the store does not list folders, as most web servers."""
+        try:
+            found = self._files.ls(self._root, detail=False)
+        except Exception:  # clients raise what they like
+            return []
+        return [path.rstrip("/").rsplit("/", 1)[-1] for path in found]
 
     def _fetch_once(self, name: str, begin: int | None, end: int | None) -> bytes:
-        data: bytes = self._call(self._files.cat_file, name, start=begin, end=end)
+        # Clients that open files for this would read megabytes ahead.
+        unbuffered = {} if isinstance(self._files, AsyncFileSystem) else {"cache_type": "none"}
+        data: bytes = self._call(self._files.cat_file, name, start=begin, end=end, **unbuffered)
         if begin is not None and end is not None and len(data) != end - begin:
             raise OSError(f"the store sent {len(data)} bytes for bytes {begin} to {end}")
         return data
@@ -122,10 +135,10 @@ class RemoteStore:
     """
 
     attempts = 3
-    advice = "check a download of the dataset with `qsparse data verify`"
 
     def __init__(self, remote: RemoteFolder, folder: Path, limit_bytes: int) -> None:
         self._remote = remote
+        self.advice = f"see what else is wrong with `qsparse data verify {remote.address}`"
         self._cache = FileCache(folder / "chunks", limit_bytes)
 
     def read(self, extent: Extent, start: int, size: int) -> bytes:
@@ -184,9 +197,8 @@ def fetch_metadata(remote: RemoteFolder, cache: Path) -> Path:
 def _copy(remote: RemoteFolder, folder: Path, names: Iterable[str]) -> None:
     def copy(name: str) -> None:
         data = remote.fetch(name)
-        temporary = folder / f".{name}.{os.getpid()}.tmp"
-        temporary.write_bytes(data)
-        os.replace(temporary, folder / name)
+        with atomic_write(folder / name) as file:
+            file.write(data)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(copy, names))

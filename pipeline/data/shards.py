@@ -17,7 +17,7 @@ import io
 import json
 import os
 import tarfile
-import zlib
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,9 +27,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.checksum import crc32
 from pipeline.data.errors import DataError
 
 CHUNK_DTYPE = np.dtype([("offset", "<i8"), ("tokens", "<i8"), ("documents", "<u4"), ("crc32", "<u4")])
+DOCLENS_DTYPE = np.dtype("<u4")
 INDEX_SUFFIX = ".idx.npz"
 
 
@@ -99,14 +101,14 @@ class ShardIndex:
             DataError: It is missing or damaged.
         """
         try:
-            with np.load(path, allow_pickle=False) as archive:
-                chunks, meta = archive["chunks"], json.loads(str(archive["meta"]))
+            with zipfile.ZipFile(path) as archive:
+                chunks, _ = read_npy(archive.read("chunks.npy"), CHUNK_DTYPE)
+                text = archive.read("meta.npy")
+                meta = json.loads(text[_npy_begin(text) :].decode("utf-32-le"))
         except FileNotFoundError:
             raise DataError(f"{path}: missing index; run the dataset's prepare command again to rebuild it") from None
         except Exception as error:
             raise DataError(f"{path}: damaged index ({error}); delete it and run the prepare command again") from None
-        if chunks.dtype != CHUNK_DTYPE:
-            raise DataError(f"{path}: index has fields {chunks.dtype}, expected {CHUNK_DTYPE}; prepare again")
         return ShardIndex(chunks=chunks, **meta)
 
 
@@ -120,6 +122,28 @@ def _npy_header(array: npt.NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(buffer, np.lib.format.header_data_from_array_1_0(array))
     return buffer.getvalue()
+
+
+def read_npy(data: bytes, dtype: np.dtype[Any]) -> tuple[npt.NDArray[Any], int]:
+    """The list in a .npy file, and the byte where it begins.
+
+    NumPy evaluates headers as Python literals, which Python 3.11 may fail at when several threads do so at once
+    (SystemError: AST constructor recursion depth mismatch).
+
+    Raises:
+        ValueError: It is no such file, or holds another dtype.
+    """
+    begin = _npy_begin(data)
+    header, expected = data[10:begin].decode("latin1"), f"'descr': {np.lib.format.dtype_to_descr(dtype)!r}"
+    if expected not in header:
+        raise ValueError(f"its header is {header.strip()}, expected {expected}")
+    return np.frombuffer(bytearray(data), dtype=dtype, offset=begin), begin
+
+
+def _npy_begin(data: bytes) -> int:
+    if data[:8] != np.lib.format.magic(1, 0):
+        raise ValueError(f"it begins with {data[:8]!r}")
+    return 10 + int.from_bytes(data[8:10], "little")
 
 
 class ShardWriter:
@@ -150,9 +174,9 @@ class ShardWriter:
         assert int(doclens.sum()) == tokens.size
         key = chunk_key(self._shard_number, len(self._chunks))
         data = np.ascontiguousarray(tokens, dtype=self._dtype)
-        self._add_array(f"{key}.doclens.npy", np.ascontiguousarray(doclens, dtype="<u4"))
+        self._add_array(f"{key}.doclens.npy", np.ascontiguousarray(doclens, dtype=DOCLENS_DTYPE))
         offset = self._add_array(f"{key}.tokens.npy", data)
-        self._chunks.append((offset, tokens.size, documents, zlib.crc32(data.data)))
+        self._chunks.append((offset, tokens.size, documents, crc32(data.data)))
 
     def finish(self, *, task: str) -> ShardIndex:
         """Write the end of the archive and return the index."""

@@ -7,11 +7,14 @@ from functools import partial
 
 import pytest
 import torch
+from matplotlib.contour import ContourSet
+from matplotlib.figure import Figure
 from rich.console import Console
 
 from kernels.dispatch import ReferenceKernels
 from pipeline.bench.kernels.__main__ import SECTIONS, draw, load_section, main, run
 from pipeline.bench.kernels.case import COLUMNS, Check, Contest, Options
+from pipeline.bench.kernels.decode import _draw_map
 from pipeline.bench.kernels.layer import LayerCase
 from pipeline.bench.kernels.memory import saved_bytes
 from pipeline.bench.kernels.sparsify import SECTION, SparsifyCase
@@ -110,6 +113,45 @@ def test_what_was_measured_before_an_error_is_kept(tmp_path):
     assert run({"x": broken}, CPU, tmp_path, Console(file=stream)) == 1
     assert "timing broke off: IndexError" in stream.getvalue()
     assert [row["operation"] for row in read_csv(tmp_path / "x.csv").rows] == ["first"]
+
+
+def test_cases_beyond_the_time_are_left_out(tmp_path):
+    stream = io.StringIO()
+    sections = {"sparsify": section(ReferenceKernels().sparsify, ReferenceKernels().sparsify)}
+    assert run(sections, CPU._replace(seconds=0.0), tmp_path, Console(file=stream)) == 0
+    assert "D=64 is left out: 0 seconds are over" in stream.getvalue()
+    assert "8 of 8 checks passed" in stream.getvalue()
+    assert not (tmp_path / "sparsify.csv").exists()
+
+
+def test_kernels_are_compiled_before_the_checks(tmp_path):
+    compiled = []
+
+    def fails():
+        raise RuntimeError("will be told by the checks")
+
+    one = section(ReferenceKernels().sparsify)
+    early = one._replace(compile=lambda options, wanted: [fails, partial(compiled.append, wanted)])
+    assert run({"sparsify": early}, CPU, tmp_path, Console(file=io.StringIO()), "D=32") == 0
+    assert compiled == ["D=32"]
+
+
+def test_break_even_map_marks_where_dense_wins(tmp_path):
+    """Speed-ups from 0.5 to 4 on a map of 2 x 3 cells: the line at 1 crosses it."""
+    rows = [
+        {"case": f"64 -> 32, T={T}", "operation": f"{zeros}% zeros", "variant": variant, "speedup": str(zeros / 50 / T)}
+        for T in (1, 2)
+        for zeros in (50, 80, 90)
+        for variant in ("ternary gemv", "ternary dot", "bf16 gemv")
+    ]
+    panel = Figure().subplots()
+    image = _draw_map(panel, [row for row in rows if row["variant"] == "bf16 gemv"])
+    assert image.get_array().tolist() == [[1.0, 1.6, 1.8], [0.5, 0.8, 0.9]]
+    assert [text.get_text() for text in panel.texts] == ["1.00x", "1.60x", "1.80x", "0.50x", "0.80x", "0.90x"]
+    (contour,) = [one for one in panel.collections if isinstance(one, ContourSet)]
+    assert contour.levels.tolist() == [1.0]
+    load_section("decode").draw(rows, tmp_path / "map.png")
+    assert (tmp_path / "map.png").stat().st_size > 10_000
 
 
 def test_variants_take_turns():

@@ -8,13 +8,16 @@ from torch import Tensor
 
 from kernels import decode, grouped_gemm, ternarize
 from kernels.dispatch import Backward, ReferenceKernels
+from kernels.gemm import gemm
 from kernels.sparsify import sparsify
 from pipeline.bench.kernels.case import Check, relative_error
 from pipeline.bench.kernels.decode import DecodeCase
+from pipeline.bench.kernels.exact_ways import ExactWaysCase
 from pipeline.bench.kernels.grouped import GroupedCase, Shape
 from pipeline.bench.kernels.layer import LayerCase
 from pipeline.bench.kernels.sparsify import SparsifyCase
 from pipeline.bench.kernels.ternarize import TernarizeCase
+from pipeline.bench.kernels.two_four import OURS, TwoFourCase
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -118,3 +121,18 @@ def test_decode_gate():
     assert failed(DecodeCase(64, 48, 2, DEVICE, **small).checks()) == []
     wrong = failed(DecodeCase(64, 48, 2, DEVICE, gemv=without_scale, **small).checks())
     assert wrong == ["ternary gemv, 0% zeros", "ternary gemv, 50% zeros"]
+
+
+def test_ways_of_the_exact_backward_agree():
+    assert failed(ExactWaysCase(64, 48, 32, DEVICE).checks()) == []
+
+
+def test_two_four_gate():
+    def rounded(codes, ternary, **scales):
+        return gemm(codes, ternary, dtype=torch.float32, **scales).bfloat16()  # the interpreter would cut off
+
+    def half(codes, ternary, **scales):
+        return rounded(codes, ternary, **scales) / 2
+
+    assert failed(TwoFourCase(64, 48, 16, DEVICE, product=rounded).checks()) == []
+    assert failed(TwoFourCase(64, 48, 16, DEVICE, product=half).checks()) == [OURS]

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.bench.results import read_csv
 from pipeline.bench.train_categories import OTHER, category
-from pipeline.bench.train_report import BREAKDOWN_COLUMNS, COLUMNS
+from pipeline.bench.train_report import SHEETS, best, memory_table, table
 from pipeline.bench.train_variants import SHAPES, VARIANTS, Order
 from tests.testing import ROOT, rank_environment
 
@@ -33,7 +33,7 @@ def results(tmp_path_factory):
 def test_numbers_of_each_variant(results):
     _, folder = results
     rows = read_csv(folder / "train.csv").rows
-    assert tuple(rows[0]) == COLUMNS
+    assert tuple(rows[0]) == SHEETS["train"]
     assert [row["variant"] for row in rows] == ["dense", "qsparse-bitnet", "te-fp8"]
     for row in rows[:2]:
         assert row["absent"] == ""
@@ -51,7 +51,7 @@ def test_absent_library_is_named(results):
     absent = read_csv(folder / "train.csv").rows[2]
     assert absent["tokens_per_s_per_gpu"] == ""
     assert absent["absent"] == "not installed: transformer_engine"
-    assert "te-fp8: not installed" in process.stdout
+    assert "te-fp8, micro-batch 2: not installed" in process.stdout
 
 
 def test_failure_of_a_variant_is_told(tmp_path):
@@ -62,10 +62,27 @@ def test_failure_of_a_variant_is_told(tmp_path):
     assert "nothing" in process.stdout
 
 
+def test_memory_of_each_category(results):
+    """Per parameter of a bf16 model: weight 2 bytes, fp32 gradient 4, master weight and two moments 12."""
+    _, folder = results
+    rows = read_csv(folder / "train_memory.csv").rows
+    found = {row["category"]: float(row["gib"]) for row in rows if row["variant"] == "dense"}
+    assert sum(found.values()) == pytest.approx(float(read_csv(folder / "train.csv").rows[0]["peak_gib"]), abs=0.1)
+    assert set(found) == {"weights", "gradients", "optimizer", "codes and buffers", "activations"}
+
+
+def test_longest_kernels_come_first(results):
+    _, folder = results
+    rows = [row for row in read_csv(folder / "train_kernels.csv").rows if row["variant"] == "dense"]
+    times = [float(row["ms"]) for row in rows]
+    assert 0 < len(times) <= 25
+    assert times == sorted(times, reverse=True)
+
+
 def test_breakdown_and_page(results):
     _, folder = results
     rows = read_csv(folder / "train_breakdown.csv").rows
-    assert tuple(rows[0]) == BREAKDOWN_COLUMNS
+    assert tuple(rows[0]) == SHEETS["train_breakdown"]
     times = {(row["variant"], row["category"]): float(row["ms"]) for row in rows}
     assert times["dense", "GEMM"] > 0
     assert times["dense", "sort, top-K"] == 0 < times["qsparse-bitnet", "sort, top-K"]
@@ -96,6 +113,35 @@ def test_every_variant_is_a_valid_configuration(variant, gpus):
     config = order.config()
     assert config.training.global_batch_size == 8 * gpus
     assert config.check_world_size(gpus) == gpus
+
+
+def row(**values) -> dict[str, str]:
+    return dict.fromkeys(SHEETS["train"], "") | {"shape": "350m", "gpus": "1", **values}
+
+
+def test_the_faster_micro_batch_counts():
+    rows = [
+        row(variant="dense", micro_batch="8", tokens_per_s_per_gpu="100", ms_per_step="1"),
+        row(variant="dense", micro_batch="16", tokens_per_s_per_gpu="110", ms_per_step="2"),
+        row(variant="naive", micro_batch="8", tokens_per_s_per_gpu="55", ms_per_step="2"),
+        row(variant="te-fp8", micro_batch="8", absent="not installed: transformer_engine"),
+    ]
+    assert [one["micro_batch"] for one in best(rows)] == ["16", "8", "8"]
+    lines = table(rows).splitlines()
+    assert lines[2].startswith("| 350m | dense | 110 | 1.000 |")
+    assert lines[3].startswith("| 350m | naive | 55 | 0.500 |")
+    memory = [
+        {"shape": "350m", "variant": "dense", "gpus": "1", "micro_batch": size, "category": "weights", "gib": gib}
+        for size, gib in (("8", "1.5"), ("16", "2.5"))
+    ]
+    assert memory_table(rows, memory).splitlines()[2] == "| 350m | dense | 2.50 | 2.50 |"
+
+
+def test_what_the_total_time_leaves_out_is_named(tmp_path):
+    arguments = ["--device", "cpu", "--shapes", "tiny", "--variants", "dense", "--total-seconds", "0"]
+    process = bench_train(*arguments, "--output", str(tmp_path))
+    assert process.returncode == 0
+    assert read_csv(tmp_path / "train.csv").rows[0]["absent"] == "left out: 0 seconds were over"
 
 
 def test_kernels_fall_into_categories():

@@ -12,6 +12,7 @@ from matplotlib.image import imread
 
 from pipeline.track_sync import replay
 from tests.compare.writing import write_run
+from tests.runs.chromium import open_browser
 from tests.testing import ROOT
 
 
@@ -19,7 +20,7 @@ def qsparse(folder: Path, *arguments: str, **variables: str) -> tuple[int, str, 
     inherited = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     environment = {**inherited, "PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, "-m", "launch", *arguments]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
     return result.returncode, result.stdout, result.stderr
 
 
@@ -46,14 +47,7 @@ def test_the_report_and_how_a_browser_shows_it(folder: Path, monkeypatch: pytest
     page = (report / "report.html").read_text()
     assert not re.search(r"(?:src|href)=\"(?!data:|#)", page), "nothing is loaded from elsewhere"
 
-    monkeypatch.syspath_prepend(str(ROOT / "docs" / "screenshots"))
-    from browser import Browser
-
-    try:
-        browser = Browser(1200, 1000)
-    except ValueError as error:
-        pytest.skip(str(error))
-    with browser:
+    with open_browser(monkeypatch, 1200, 1000) as browser:
         browser.open((report / "report.html").as_uri())
         browser.wait_for("document.readyState === 'complete' && document.images.length > 0", timeout_s=30)
         assert browser.evaluate("document.title") == "dense, qsparse, bitnet: comparison"

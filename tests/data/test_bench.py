@@ -73,6 +73,12 @@ def test_results_are_written_with_what_is_absent(tmp_path: Path) -> None:
         ("200.00", "100.00", "300.00", ""),
         ("", "", "", "not installed"),
     ]
+    assert bench.markdown(results).splitlines() == [
+        "| million tokens per CPU-second | seq_length 256 |",
+        "| --- | --- |",
+        "| ours | 200 |",
+        "| MosaicML Streaming | not installed |",
+    ]
     bench.plot(tmp_path / "data.png", results)
     assert (tmp_path / "data.png").read_bytes().startswith(b"\x89PNG")
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.data.lanes import Lanes, Layout
-from pipeline.data.order import ChunkInterleave, LayoutChange, WindowShuffle
+from pipeline.data.order import ChunkInterleave, LayoutChange, WindowShuffle, make_order
 from pipeline.data.permute import Permutation
 
 chunk_windows = st.lists(st.integers(0, 150), min_size=1, max_size=40).filter(any)
@@ -148,6 +148,26 @@ def test_a_rank_goes_on_reading_forwards_when_the_columns_change() -> None:
             chunk, window = places.chunk[begin:end][column == mine], places.window[begin:end][column == mine]
             visits += sum(1 + int((np.diff(window[chunk == c]) != 1).sum()) for c in np.unique(chunk))
     assert visits <= 2048 + 16 * 4 + 64 * 4 + 16 * 4
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(0, 30), min_size=1, max_size=8).filter(any),
+    st.sampled_from([1, 2, 3, 4, 8, 16, 48]),
+    st.sampled_from(["windows", "chunks"]),
+)
+def test_no_rank_starves(windows: list[int], dp: int, shuffle: str) -> None:
+    """Corpora smaller than a batch of 48 included: every rank gets its samples, and every window comes 48 times."""
+    counts, total = np.array(windows), sum(windows)
+    order = make_order(shuffle, counts, (1,), [LayoutChange(0, 48)])
+    draws = np.arange(48 * total)
+    places, rank = order.locate(draws), draws % 48 // (48 // dp)
+    assert np.bincount(rank).tolist() == [48 * total // dp] * dp
+    begin = np.cumsum(counts) - counts
+    window = begin[places.chunk] + places.window
+    assert np.array_equal(np.bincount(window, minlength=total), np.full(total, 48))
+    own = order.locate(draws[rank == dp - 1])  # what the last rank asks for, alone
+    assert np.array_equal(begin[own.chunk] + own.window, window[rank == dp - 1])
 
 
 def test_batches_draw_from_many_chunks() -> None:

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.data.info import document_statistics
+from pipeline.data.loader import SourceFiles
 from pipeline.data.options import PrepareOptions
 from pipeline.data.packing import best_fit_decreasing, pack_documents
 from pipeline.data.prepare import PrepareResult, prepare
@@ -126,6 +128,10 @@ def test_only_long_documents_are_cut(source: Path, tmp_path: Path) -> None:
     }
     assert cut["packed"] == 0
     assert cut["plain"] > 100
+    statistics = document_statistics(SourceFiles(tmp_path / "packed"), "train")
+    too_long = [len(document) > SEQ_LENGTH for document in reading.read_documents(tmp_path / "plain", "train")]
+    assert statistics.cut(SEQ_LENGTH).sum() == sum(too_long) > 5
+    assert not (statistics.cut(SEQ_LENGTH) & (statistics.inputs <= SEQ_LENGTH)).any()
 
 
 def cut_though_fitting(tokens: np.ndarray, doclens: np.ndarray) -> list[bool]:

@@ -109,3 +109,22 @@ def test_a_cuda_graph_gives_the_losses_of_its_kernels(tmp_path: Path) -> None:
     found = train(tmp_path, cases, nproc=1)
     for name in ("dense", "full"):
         assert found[f"{name}:graph"]["loss"] == pytest.approx(found[name]["loss"], rel=1e-3), name
+
+
+def test_recomputed_projections_change_nothing(tmp_path: Path) -> None:
+    """The product of integers is the same the second time; gradients of attention are sums in any order."""
+    kept, again = (on_gpu(case(FULL, "bf16", {}, steps=1, recompute=name)) for name in ("none", "up_projection"))
+    graph = {**again, "run": {**again["run"], "cuda_graph": True}, "training": {**again["training"], "steps": 6}}
+    eager = {**kept, "training": {**kept["training"], "steps": 6}}
+    found = train(tmp_path, {"kept": kept, "again": again, "graph": graph, "eager": eager}, nproc=1)
+    assert found["again"]["loss"] == found["kept"]["loss"]
+    assert found["again"]["grad_norm"] == pytest.approx(found["kept"]["grad_norm"], rel=1e-3)
+    assert found["graph"]["loss"] == pytest.approx(found["eager"]["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("pattern", ["topk", "block"])
+def test_sparse_floats_are_those_of_the_cpu(pattern: str) -> None:
+    layout = LinearFormat(sparsity=0.5, pattern=pattern)
+    found, expected = run_layer(layout, torch.bfloat16, "cuda"), run_layer(layout, torch.bfloat16, "cpu")
+    for a, b in zip(found, expected, strict=True):
+        assert (a.float() - b.float()).norm() / b.float().norm() < 2e-2

@@ -148,16 +148,17 @@ def test_wgrad_against_float64(device: str, kind: str) -> None:
         assert error(grouped_wgrad(grad, x, offsets, dtype=torch.bfloat16, **options), want) < BF16_ROUNDING
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_wgrad_adds_to_the_main_gradient_in_place(device: str, dtype: torch.dtype) -> None:
+def test_wgrad_adds_to_main_gradients_wherever_they_lie(device: str) -> None:
     for counts, O, D, options in cases(device):
         grad, x = floats((sum(counts), O), device), floats((sum(counts), D), device, seed=1)
-        before = floats((len(counts), O, D), device, seed=2).to(dtype)
-        main_grad, offsets = before.clone(), offsets_of(counts, device)
-        got = grouped_wgrad(grad, x, offsets, main_grad_EOD=main_grad, **options)
-        assert got is main_grad
-        want = before.double() + grouped_reference.grouped_wgrad(grad, x, offsets)
-        assert error(got, want) < (FLOAT32_SUMS if dtype == torch.float32 else BF16_ROUNDING)
+        # As in megatron-core's gradient buffer: one expert after the other, in reverse, with something in between.
+        buffer = floats((len(counts), O + 1, D), device, seed=2).float()
+        before = buffer.clone()
+        main_grads = [buffer[expert, :O] for expert in reversed(range(len(counts)))]
+        assert grouped_wgrad(grad, x, offsets_of(counts, device), main_grads=main_grads, **options) is None
+        want = before[:, :O].flip(0).double() + grouped_reference.grouped_wgrad(grad, x, offsets_of(counts, device))
+        assert error(torch.stack(main_grads), want) < FLOAT32_SUMS
+        assert torch.equal(buffer[:, O], before[:, O])
 
 
 def test_wgrad_does_not_see_the_next_experts_infinities(device: str) -> None:
@@ -195,9 +196,9 @@ def test_fp8_wgrad_against_float64_of_the_same_codes(device: str, parts: int, dt
         bound = fp8_sums(max(counts), device) + (BF16_ROUNDING if dtype == torch.bfloat16 else 0.0)
         got = grouped_wgrad_fp8(grad_OT, x_DT, padded, scale_EP=scale, dtype=dtype, **options)
         assert got.dtype == dtype and error(got, want) < bound
-        main_grad = floats(want.shape, device, seed=2).to(dtype)
-        total = main_grad.double() + want
-        assert grouped_wgrad_fp8(grad_OT, x_DT, padded, scale_EP=scale, main_grad_EOD=main_grad, **options) is main_grad
+        main_grad = floats(want.shape, device, seed=2).float()
+        total, main_grads = main_grad.double() + want, list(main_grad)
+        assert grouped_wgrad_fp8(grad_OT, x_DT, padded, scale_EP=scale, main_grads=main_grads, **options) is None
         assert error(main_grad, total) < bound
 
 
@@ -244,7 +245,12 @@ def test_bad_arguments_of_the_gradients(device: str) -> None:
         grouped_wgrad_fp8(codes, codes, pad_offsets(offsets), scale_EP=scales((2, 5), device))
     with pytest.raises(ValueError, match=r"x_TD: shape \[19, 32\], expected \[20, any\]"):
         grouped_wgrad(grad, floats((19, 32), device), offsets)
-    with pytest.raises(ValueError, match=r"main_grad_EOD: shape \[2, 96, 31\], expected \[2, 96, 32\]"):
-        grouped_wgrad(grad, floats((20, 32), device), offsets, main_grad_EOD=torch.zeros(2, 96, 31, device=device))
+    x, main_grad = floats((20, 32), device), torch.zeros(2, 96, 32, device=device)
+    with pytest.raises(ValueError, match=r"main_grads\[1\]: shape \[95, 32\], expected \[96, 32\]"):
+        grouped_wgrad(grad, x, offsets, main_grads=[main_grad[0], main_grad[1, 1:]])
+    with pytest.raises(ValueError, match=r"main_grads\[0\]: dtype torch.float64, expected torch.float32"):
+        grouped_wgrad(grad, x, offsets, main_grads=list(main_grad.double()))
+    with pytest.raises(ValueError, match=r"main_grads: 1 tensors for 2 experts"):
+        grouped_wgrad(grad, x, offsets, main_grads=[main_grad[0]])
     with pytest.raises(ValueError, match=r"block_m=48: tiles are powers of two from 16 to 256"):
         TileConfig(block_m=48)

@@ -101,21 +101,36 @@ def test_fp8_dgrad() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("parts", "accumulate"), [(1, False), (2, True)])
-def test_fp8_wgrad(parts: int, accumulate: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("parts", [1, 2])
+def test_fp8_wgrad(parts: int, dtype: torch.dtype) -> None:
     for counts, O, D in CASES:
-        E, columns = len(counts), padded_columns(sum(counts), len(counts))
-        operands = floats(O, columns).to(FP8), floats(D, columns).to(FP8), pad_offsets(offsets_of(counts))
-        operands[0][:, int(operands[2][-1]) :] = torch.nan  # columns of no expert
-        scale, before = scales(E, parts), floats(E, O, D).to(dtype)
-
-        def call(**options: object) -> Tensor:
-            main_grad = before.clone() if accumulate else None  # noqa: B023 - called within the iteration
-            return grouped_wgrad_fp8(*operands, scale_EP=scale, dtype=dtype, main_grad_EOD=main_grad, **options)  # type: ignore[arg-type]  # noqa: B023
-
-        got, want = call(), call(config=WGRAD_FP8_CONFIG)
+        operands, scale = wgrad_operands(counts, O, D), scales(len(counts), parts)
+        got = grouped_wgrad_fp8(*operands, scale_EP=scale, dtype=dtype)
+        want = grouped_wgrad_fp8(*operands, scale_EP=scale, dtype=dtype, config=WGRAD_FP8_CONFIG)
+        assert got is not None and want is not None
         bound = (2**-8 if dtype == torch.bfloat16 else 2**-10) + max(counts) / 32 * 2**-14
         assert difference(got, want) < bound, (counts, O, D)
-        for expert, count in enumerate(counts):
-            if count == 0:
-                assert torch.equal(got[expert], before[expert] if accumulate else torch.zeros_like(got[expert]))
+        assert not any(got[expert].any() for expert, count in enumerate(counts) if count == 0)
+
+
+def test_fp8_wgrad_adds_to_main_gradients_in_reverse_order() -> None:
+    for counts, O, D in CASES:
+        operands, scale = wgrad_operands(counts, O, D), scales(len(counts), 2)
+        before = floats(len(counts), O + 1, D).float()
+        found = []
+        for options in ({}, {"config": WGRAD_FP8_CONFIG}):
+            buffer = before.clone()
+            main_grads = list(buffer[:, :O].unbind())[::-1]
+            assert grouped_wgrad_fp8(*operands, scale_EP=scale, main_grads=main_grads, **options) is None  # type: ignore[arg-type]
+            found.append(buffer)
+        assert difference(*found) < 2**-10 + max(counts) / 32 * 2**-14, (counts, O, D)
+        assert torch.equal(found[0][:, O], before[:, O])
+        for expert, count in enumerate(reversed(counts)):
+            assert count or torch.equal(found[0][expert], before[expert])
+
+
+def wgrad_operands(counts: list[int], O: int, D: int) -> tuple[Tensor, Tensor, Tensor]:
+    columns = padded_columns(sum(counts), len(counts))
+    operands = floats(O, columns).to(FP8), floats(D, columns).to(FP8), pad_offsets(offsets_of(counts))
+    operands[0][:, int(operands[2][-1]) :] = torch.nan  # columns of no expert
+    return operands

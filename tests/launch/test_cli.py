@@ -92,6 +92,11 @@ def test_help(qsparse, arguments, expected):
             ["launch", "slurm", "good.yaml", "parallel.tp=8", "parallel.pp=2"],
             "1 node of 8 ranks: 8 processes are not a multiple of parallel.tp=8 * parallel.pp=2",
         ),
+        (["train", "good.yaml", "tracking.uri=mlruns"], "tracking.uri='mlruns' is no tracking store; use http://HOST"),
+        (
+            ["launch", "slurm", "good.yaml", "parallel.tp=8", "tracking.uri=htp://a", "--dry-run"],
+            "tracking.uri='htp://a' is no tracking store",
+        ),
         (["launch", "slurm", "good.yaml", "--nodes", "0"], "1 <= min-nodes <= nodes is expected"),
         (["launch", "slurm", "good.yaml", "--sweep", "run.seed"], "KEY=VALUE,VALUE... is expected"),
         (["launch", "slurm", "good.yaml", "--bogus"], "unrecognized option '--bogus'"),

@@ -103,12 +103,20 @@ def test_limits_by_phase(tmp_path):
     assert watchdog.limit == 5
 
 
+class AroundEveryOperation:
+    """As the mode of pipeline.cpu_backend, which is on the stack of every operation and never the place."""
+
+    def __torch_function__(self):
+        return sys._getframe()
+
+
 def test_place_and_collective_of_a_stack():
     frame = sys._getframe()
     assert place_of(frame).startswith("tests/launch/test_watchdog.py:")
     assert place_of(frame).endswith(" test_place_and_collective_of_a_stack")
     assert collective_of(frame) is None
     assert place_of(None) == "an unknown place"
+    assert place_of(AroundEveryOperation().__torch_function__()).endswith(" test_place_and_collective_of_a_stack")
 
 
 @pytest.mark.parametrize(("state", "retired", "pending"), [("scheduled", True, None), ("completed", False, None)])

@@ -35,7 +35,7 @@ from pipeline.learner import Learner
 from pipeline.model import build_model, unwrap
 from pipeline.upcycle import load_dense
 from pipeline.world import current_world, initialize_layout
-from tests.moe.cases import CLASSIC, FULL, case
+from tests.moe.cases import CLASSIC, DENSE, FULL, NO_SUB_NORM, case
 from tests.moe.plain_moe import PlainMoE
 from tests.testing import TextWindows
 
@@ -224,36 +224,68 @@ def check_grouped_experts_are_sequential_ones_with_8_bit_gradients() -> None:
 
 
 def check_an_upcycled_mixture_computes_what_the_dense_model_did() -> None:
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of another shape without a schedule, as in the checks above
+    moe = {"num_experts": 4, "top_k": 2, "layer_frequency": 2}
+    with dense_checkpoint(FULL) as (folder, dense):
+        for layout, experts in (({"ep": 2}, moe), ({"pp": 2}, {**moe, "scores": "sigmoid"})):
+            with learner_of(FULL, experts, layout) as (learner, data):
+                upcycle(learner, folder)
+                # The router's softmax is float32, so k probabilities sum to one within 1e-7.
+                assert abs(learner.evaluate(data) - dense) < 1e-5 * dense
+                first, second = learner.step(3).loss, learner.step(4).loss
+                assert second < first + 0.5
+
+
+def check_sparsity_warms_up_on_top_of_an_upcycled_mixture() -> None:
+    warming = {**NO_SUB_NORM, "sparsity_warmup": {"steps": 4}, "quantization_warmup": {"steps": 4}}
+    with dense_checkpoint(DENSE) as (folder, dense), learner_of(warming, CLASSIC | WIDE, {"ep": 2}) as (learner, data):
+        upcycle(learner, folder)
+        assert abs(learner.evaluate(data) - dense) < 1e-5 * dense  # nothing is sparse or quantized yet
+        losses = [learner.step(step).loss for step in range(8)]
+        assert losses[-1] < losses[0]
+        full = [learner.model.schedule.sparsity(layer.module.format) for layer in learner.model.layers]
+        assert full == [warming["sparsity"]] * len(full)
+
+
+WIDE = {"ffn_hidden_size": None}
+"""Experts as wide as the dense FFN they are copied from."""
+
+
+@contextmanager
+def dense_checkpoint(qsparse: dict) -> Iterator[tuple[Path, float]]:
+    """A checkpoint of a dense model after three steps under TP = 2, and its held-out loss."""
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
-    moe = {"num_experts": 4, "top_k": 2, "layer_frequency": 2}
-    losses = []
-    for layout, experts in (({"tp": 2}, None), ({"ep": 2}, moe), ({"pp": 2}, {**moe, "scores": "sigmoid"})):
-        config = Config(**case(FULL, "fp64", experts, layout))
-        initialize_layout(config)
-        data = TextWindows(config.training.seq_length)
-        learner = Learner(config, current_world(config), data, vocab_size=256)
-        checkpoints = Checkpoints(Path(folder[0]), config.checkpoint)
-        if experts is None:
-            for step in range(3):
-                learner.step(step)
-            checkpoints.save(learner.chunks, learner.optimizer, Progress(3))
-        else:
-            load_dense(checkpoints.require_latest(), learner.chunks)
-            learner.optimizer.reload_model_params()
-        losses.append(learner.evaluate(data))
-        if experts is not None:
-            first, second = learner.step(3).loss, learner.step(4).loss
-            assert second < first + 0.5
+    with learner_of(qsparse, None, {"tp": 2}) as (learner, data):
+        for step in range(3):
+            learner.step(step)
+        Checkpoints(Path(folder[0]), learner.config.checkpoint).save(learner.chunks, learner.optimizer, Progress(3))
+        loss = learner.evaluate(data)
+    try:
+        yield Path(folder[0]), loss
+    finally:
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder[0])
+
+
+@contextmanager
+def learner_of(qsparse: dict, moe: dict | None, layout: dict) -> Iterator[tuple[Learner, TextWindows]]:
+    """A model in training and its data."""
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None  # of another shape without a schedule, as in the checks above
+    config = Config(**case(qsparse, "fp64", moe, layout))
+    initialize_layout(config)
+    data = TextWindows(config.training.seq_length)
+    learner = Learner(config, current_world(config), data, vocab_size=256)
+    try:
+        yield learner, data
+    finally:
         learner.close()
         parallel_state.destroy_model_parallel()
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(folder[0])
-    # The router's softmax is float32, so k probabilities sum to one within 1e-7.
-    assert abs(losses[1] - losses[0]) < 1e-5 * losses[0], losses
-    assert abs(losses[2] - losses[0]) < 1e-5 * losses[0], losses
+
+
+def upcycle(learner: Learner, folder: Path) -> None:
+    load_dense(Checkpoints(folder, learner.config.checkpoint).require_latest(), learner.chunks)
+    learner.optimizer.reload_model_params()
 
 
 def main(output: Path) -> None:

@@ -1,7 +1,7 @@
 """Save under one expert-parallel layout, go on under the same and under others; run it with torchrun.
 
 Arguments: a JSON file of {name: {"from": config, "to": {name: config}}}, a folder for checkpoints, and a JSON file to
-write {name: {"same" or name: losses}} to.
+write {name: {"uninterrupted", "same" or name: losses}} to.
 """
 
 import json
@@ -27,7 +27,7 @@ BEFORE, AFTER = 3, 3
 
 
 def _steps(config: Config, folder: Path, *, saves: bool) -> list[float]:
-    """Losses of the steps after the checkpoint in `folder`, which is loaded, or only written."""
+    """Losses of the steps after the checkpoint in `folder`, which is loaded, or written on the way."""
     initialize_layout(config)
     try:
         data = TextWindows(config.training.seq_length)
@@ -37,9 +37,9 @@ def _steps(config: Config, folder: Path, *, saves: bool) -> list[float]:
             for step in range(BEFORE):
                 learner.step(step)
             checkpoints.save(learner.chunks, learner.optimizer, Progress(BEFORE, learner.consumed_samples))
-            return []
-        load(checkpoints.require_latest(), learner.chunks, learner.optimizer)
-        learner.continue_from(BEFORE * config.training.global_batch_size)
+        else:
+            load(checkpoints.require_latest(), learner.chunks, learner.optimizer)
+            learner.continue_from(BEFORE * config.training.global_batch_size)
         return [learner.step(step).loss for step in range(BEFORE, BEFORE + AFTER)]
     finally:
         learner.close()
@@ -53,8 +53,7 @@ def main(cases: dict, folder: Path, output: Path) -> None:
     results = {}
     for name, values in cases.items():
         place = folder / name
-        _steps(Config(**values["from"]), place, saves=True)
-        results[name] = {}
+        results[name] = {"uninterrupted": _steps(Config(**values["from"]), place, saves=True)}
         for other, config in {"same": values["from"], **values["to"]}.items():
             results[name][other] = _steps(Config(**config), place, saves=False)
     if dist.get_rank() == 0:

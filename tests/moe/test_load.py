@@ -1,5 +1,6 @@
 """The wire format, the counts of routers, the figure made of them, and the configuration's errors."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from moe.config import MoEConfig
+from moe.dispatcher import DispatcherError, check_dispatcher
 from moe.load import LayerLoad, RouterLoad, load_metrics
 from moe.wire import pack, row_bytes, unpack
 from pipeline.config import Config
@@ -110,6 +112,13 @@ def test_layers_with_experts() -> None:
 def test_mistakes_are_named(moe: dict, parallel: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Config(**case({}, "fp32", {"num_experts": 8, **moe}, parallel))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deep_ep") is not None, reason="DeepEP is installed")
+def test_a_dispatcher_without_its_package_is_named() -> None:
+    check_dispatcher("alltoall")
+    with pytest.raises(DispatcherError, match=r"model\.moe\.dispatcher=flex needs the package deep_ep"):
+        check_dispatcher("flex")
 
 
 @pytest.mark.parametrize(

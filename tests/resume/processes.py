@@ -37,8 +37,12 @@ class Training:
     def output(self) -> str:
         return self._log.read_text(errors="replace")
 
-    def wait(self) -> int:
-        return self._process.wait(TIMEOUT_SECONDS)
+    def wait(self, seconds: float = TIMEOUT_SECONDS) -> int:
+        return self._process.wait(seconds)
+
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
 
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)

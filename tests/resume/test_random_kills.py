@@ -15,6 +15,8 @@ from tests.resume.recipe import assert_same_bits
 from tests.resume.test_kills import STEPS, Runs
 
 KILLS = int(os.environ.get("QSPARSE_KILLS", "2"))
+SECONDS_PER_STEP = 5.0
+"""Far above what a step and its checkpoint take: a limit for hangs."""
 
 
 def completed(runs: Runs) -> bool:
@@ -23,30 +25,34 @@ def completed(runs: Runs) -> bool:
 
 @pytest.mark.slow
 def test_kills_at_random_moments(tmp_path: Path, dataset: Path) -> None:
+    steps = max(STEPS, 5 * KILLS)  # a life between two kills is two or three steps long
     data = _damaged(dataset, tmp_path / "data", _corrupt_two_chunks)
     runs = Runs(
         *(tmp_path, data, "data.bad_shard=skip", "data.shuffle=chunks", "data.prefetch_threads=3"),
-        *(f"training.steps={STEPS * max(1, KILLS // 4)}", "checkpoint.interval=1", "checkpoint.keep_last=2"),
+        *(f"training.steps={steps}", "checkpoint.interval=1", "checkpoint.keep_last=2"),
     )
-    reference = runs.start("reference")
-    begun = time.monotonic()
-    assert reference.wait() == 0, reference.output
-    longest = time.monotonic() - begun
-    for _ in range(KILLS):
+    reference, begun = runs.start("reference"), time.monotonic()
+    reference.wait_until(lambda: runs.reference.newest > 0)
+    until_first_checkpoint = time.monotonic() - begun
+    assert reference.wait(SECONDS_PER_STEP * steps) == 0, reference.output
+    kills = 0
+    while kills < KILLS:
+        assert not completed(runs), f"complete after {kills} kills: the run is too short for {KILLS}"
         training = runs.start()
         before = runs.run.newest
-        # At any moment of the start, or somewhere between the checkpoints that follow it.
-        if random.random() < 0.3:
-            time.sleep(random.uniform(0.0, longest))
-        else:
+        if random.random() < 0.3:  # while it starts, or soon after
+            time.sleep(random.uniform(0.0, 1.5 * until_first_checkpoint))
+        else:  # somewhere between two checkpoints, or while one is written
             training.wait_until(lambda before=before: runs.run.newest > before or completed(runs))
             time.sleep(random.uniform(0.0, 0.3))
-        if training._process.poll() is None:
-            training.kill_all()
+        kills += training.is_running
+        training.kill_all()
     last = runs.start()
-    assert last.wait() == 0, last.output
+    assert last.wait(SECONDS_PER_STEP * steps) == 0, last.output
     assert runs.run.status["state"] == "completed"
+    assert len(runs.run.losses) == steps
     assert runs.run.losses == runs.reference.losses
     assert runs.run.val_losses == runs.reference.val_losses
     assert_same_bits(runs.run.checkpoint(runs.run.newest), runs.reference.checkpoint(runs.run.newest))
     assert runs.run.incomplete == []
+    print(f"{kills} kills, {steps} steps, {until_first_checkpoint:.1f} s to the first checkpoint")

@@ -17,10 +17,10 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.config_loader import dump_config
 from pipeline.metrics import MetricsLog
-from pipeline.mlflow_run import RunDescription
+from pipeline.mlflow_run import MLflowRun, RunDescription
 from pipeline.mlflow_tracker import MLflowTracker
 from pipeline.run_directory import RunDirectory
-from pipeline.tracking import make_tracker
+from pipeline.tracking import describe_run
 
 
 def make_config(root: Path, name: str = "run", **tracking: Any) -> Config:
@@ -31,19 +31,25 @@ def make_config(root: Path, name: str = "run", **tracking: Any) -> Config:
 class Incarnation:
     """One start of a run, as the trainer does it: directory, rewound metrics.jsonl, tracker."""
 
-    def __init__(self, config: Config, *, resume_step: int = 0, uri: str | None = None, flush_s: float = 0.05) -> None:
-        """With `uri`: no params and tags, so that little is sent; without it, as the trainer does it."""
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resume_step: int = 0,
+        uri: str | None = None,
+        flush_s: float = 0.05,
+        in_process: bool = True,
+    ) -> None:
+        """With `uri`: no params and tags, so that little is sent.  `in_process`: spares the start of a process."""
         self.directory = RunDirectory(config.run.root / config.run.name)
         self.directory.create(dump_config(config))
         self.log = MetricsLog(self.directory.metrics)
         self.log.rewind(resume_step)
-        if uri is None:
-            tracker = make_tracker(config, self.directory, environment={})
-            assert isinstance(tracker, MLflowTracker)
-            self.tracker = tracker
-        else:
+        description = describe_run(config, {}, {})
+        if uri is not None:
             description = RunDescription(uri, "qsparse", config.run.name, {}, {}, config.tracking.parent)
-            self.tracker = MLflowTracker(description, self.directory, flush_s=flush_s)
+        run = MLflowRun(description, self.directory) if in_process else None
+        self.tracker = MLflowTracker(description, self.directory, flush_s=flush_s, run=run)
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log as the trainer does: the file first, then the tracker with the file's time."""

@@ -22,7 +22,8 @@ from pipeline.mlflow_run import RunDescription
 from pipeline.run_directory import RunDirectory
 from pipeline.system_metrics import SystemMetrics
 from pipeline.track_sync import end_status, replay
-from pipeline.tracking import NullTracker, flatten_config, make_tracker, resolve_uri
+from pipeline.tracking import NullTracker, flatten_config, make_tracker
+from pipeline.tracking_uri import resolve_uri
 from tests.runs.mlflow_tools import Incarnation, fetch_run, history, make_config, run_id, wait_until
 from tests.testing import ROOT
 
@@ -33,7 +34,7 @@ import os, sys, time
 from pathlib import Path
 from tests.runs.mlflow_tools import Incarnation, make_config
 how, root, resume_step, last = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-run = Incarnation(make_config(root), resume_step=resume_step)
+run = Incarnation(make_config(root), resume_step=resume_step, in_process=False)
 run.tracker.wait_ready()
 for step in range(resume_step + 1, last + 1):
     run.record(step, {"train/loss": 10.0 - step, "train/tokens": step * 100.0})
@@ -70,7 +71,7 @@ def test_a_run_arrives_whole(tmp_path: Path) -> None:
             "model": {"qsparse": {"sparsity": 0.4, "rules": [{"match": "*.0.*", "sparsity": 0.0}]}},
         }
     )
-    run = Incarnation(config)
+    run = Incarnation(config, in_process=False)
     assert run.tracker.wait_ready(60)
     run.directory.sample(20).parent.mkdir(exist_ok=True)
     run.directory.sample(20).write_text("def f")
@@ -180,7 +181,7 @@ def test_what_an_earlier_start_could_not_deliver_is_delivered_by_the_next(tmp_pa
             log.write({"train/loss": float(step)}, step)
     run = Incarnation(config, resume_step=4)
     run.record(5, {"train/loss": 50.0})
-    assert run.tracker.close("KILLED") == 0
+    assert run.tracker.close("KILLED", timeout_s=60) == 0
     assert history(store(tmp_path), directory, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
     assert fetch_run(store(tmp_path), directory).info.status == "KILLED"
 
@@ -355,6 +356,7 @@ def test_points_of_a_record() -> None:
         "metrics",
         "tracking",
         "mlflow_run",
+        "mlflow_process",
         "system_metrics",
         "console",
         "figures",

@@ -139,6 +139,10 @@ class Cluster:
     def idle_nodes(self) -> list[str]:
         return sorted(self.call("sinfo", "-h", "-N", "-p", "main", "-t", "idle", "-o", "%N").split())
 
+    def hostnames(self, nodes: str) -> list[str]:
+        """Names of nodes that SLURM abbreviates as `n[1-2]`."""
+        return self.call("scontrol", "show", "hostnames", nodes).split()
+
     def job(self, job_id: str) -> dict[str, str]:
         """Fields of `scontrol show job`."""
         return dict(re.findall(r"(\w+)=(\S*)", self.try_call("scontrol", "show", "job", job_id, "-o")))
@@ -159,7 +163,7 @@ class Cluster:
             text += f"PluginDir={plugins}\n"
         for node, port in zip(self.nodes, ports[1:], strict=True):
             text += f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=2000\n"
-        text += "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=5\n"
+        text += "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=20\n"
         text += "PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10\n"
         (self.base / "slurm.conf").write_text(text)
         (self.base / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
@@ -170,6 +174,14 @@ def environment_of(process: psutil.Process) -> dict[str, str]:
         return process.environ()
     except psutil.Error:
         return {}
+
+
+def parents_command(process: psutil.Process) -> list[str]:
+    try:
+        parent = process.parent()
+        return parent.cmdline() if parent else []
+    except psutil.Error:
+        return []
 
 
 def free_ports(count: int) -> Iterator[int]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +16,15 @@ import psutil
 import pytest
 
 from tests.resume.recipe import RunFiles, write_config
-from tests.slurm.cluster import Cluster, environment_of, wait_until
+from tests.slurm.cluster import Cluster, environment_of, parents_command, wait_until
 from tests.testing import ROOT
 
 PROFILE = """\
 partition: main
-time: "10"
+time: "20"
 gpus_per_node: 0
 memory_per_node: null
-signal_seconds: 30
+signal_seconds: 90
 forward: [PYTHONPATH, QSPARSE_TRACEBACK]
 """
 
@@ -51,6 +52,7 @@ class User:
     def __init__(self, folder: Path, dataset: Path, cluster: Cluster) -> None:
         self.folder, self.cluster = folder, cluster
         self.config = write_config(folder / "config.yaml", folder / "runs", dataset)
+        self.config.write_text(self.config.read_text().replace("num_layers: 4", "num_layers: 2"))
         (folder / "profile.yaml").write_text(PROFILE)
 
     def qsparse(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -58,7 +60,7 @@ class User:
         environment.pop("RANK", None)
         command = [sys.executable, "-m", "launch", *arguments]
         return subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=240, check=False
         )
 
     def launch(self, name: str, *arguments: str, nodes: int = 2) -> str:
@@ -87,7 +89,7 @@ class User:
         files = sorted((self.folder / "runs" / name / "launch").glob("**/*.[ol]*[tg]"))
         return "\n".join(f"== {file}\n{file.read_text()[-3000:]}" for file in files)
 
-    def wait(self, name: str, job_id: str, *states: str, timeout: float = 90) -> dict[str, str]:
+    def wait(self, name: str, job_id: str, *states: str, timeout: float = 240) -> dict[str, str]:
         """Wait for an end of the job; returns SLURM's fields."""
         states = states or ("COMPLETED",)
         over = (*states, "COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
@@ -102,7 +104,7 @@ class User:
         """Wait for a start after the first `count`, or the end of the job."""
         over = ("COMPLETED", "FAILED")
         happened = lambda: len(self.starts(name)) > count or self.cluster.job(job_id)["JobState"] in over  # noqa: E731
-        wait_until(happened, 90, lambda: self.log(name))
+        wait_until(happened, 240, lambda: self.log(name))
 
     def wait_until_training(self, name: str, start: int) -> None:
         """Wait until a start of a run has logged two steps, or the run is complete."""
@@ -116,21 +118,33 @@ class User:
             new = [record for record in run.records if record["time_ms"] > since]
             return len(new) > 1 or run.status["state"] == "completed"
 
-        wait_until(trains, 90, lambda: self.log(name))
+        wait_until(trains, 240, lambda: self.log(name))
 
     def kill_rank(self, name: str, number: signal.Signals = signal.SIGKILL) -> bool:
-        """Send a signal to one rank of a run; False if there is none at this moment."""
-        attempts = str(self.folder / "runs" / name / "launch/attempts")
+        """Send a signal to one rank of the last start of a run; False if there is none at this moment."""
+        start = str(self.starts(name)[-1])
         ranks = [
             process
             for process in psutil.process_iter()
-            if (found := environment_of(process)).get("QSPARSE_ATTEMPT", "").startswith(attempts) and "RANK" in found
+            if (found := environment_of(process)).get("QSPARSE_ATTEMPT") == start
+            and "RANK" in found
+            and "pipeline.torchrun" in parents_command(process)  # not what ranks start
         ]
         if ranks:
             random.choice(ranks).send_signal(number)
         return bool(ranks)
 
-    def wait_for_step(self, name: str, step: int, timeout: float = 60) -> None:
+    def last_step(self, name: str) -> int:
+        """Step of the last record, 0 before the first."""
+        file = self.run(name).path / "metrics.jsonl"
+        return max((record["step"] for record in self.run(name).records), default=0) if file.exists() else 0
+
+    def wait_for_record(self, name: str, step: int, deadline: float) -> None:
+        """Wait until a run has trained `step` steps, or for `deadline` (of `time.monotonic`)."""
+        while self.last_step(name) < step and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    def wait_for_step(self, name: str, step: int, timeout: float = 240) -> None:
         wait_until(lambda: self.run(name).newest >= step, timeout, lambda: self.log(name))
 
 
@@ -139,9 +153,16 @@ def user(cluster: Cluster, dataset: Path, tmp_path_factory: pytest.TempPathFacto
     return User(tmp_path_factory.mktemp("user"), dataset, cluster)
 
 
-KILLS = int(os.environ.get("QSPARSE_SLURM_KILLS", "3"))
-STEPS = 80 + 15 * max(0, KILLS - 3)  # enough that kills hit a run that still trains
+KILLS = int(os.environ.get("QSPARSE_SLURM_KILLS", "2"))
+STEPS = 80 + 40 * max(0, KILLS - 2)  # enough that each kill hits a run that still trains
 LONG = (f"training.steps={STEPS}", "checkpoint.interval=4", "parallel.dp=2")
+
+
+def assert_as_undisturbed(user: User, name: str, undisturbed: RunFiles) -> None:
+    """A run of `LONG` is complete and has the very losses of the one that nobody disturbed."""
+    assert user.run(name).losses == undisturbed.losses, user.log(name)
+    assert user.run(name).val_losses == undisturbed.val_losses
+    assert user.run(name).status["state"] == "completed"
 
 
 @pytest.fixture(scope="session")

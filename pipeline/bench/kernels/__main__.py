@@ -5,8 +5,10 @@ No speed is printed for a section one of whose kernels disagrees with its refere
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +25,9 @@ SECTIONS = {
     "ternarize": "ternarize",
     "fused": "fused",
     "layer": "layer",
+    "exact-ways": "exact_ways",
+    "public-layers": "public_layers",
+    "two-four": "two_four",
     "memory": "memory",
     "grouped": "grouped",
     "block-sparse": "block_sparse",
@@ -50,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--only", metavar="NAMES", help=f"some of {','.join(SECTIONS)}, separated by commas (default: all)")
     add("--output", type=Path, default=Path("runs/bench/kernels"), metavar="FOLDER", help="where results go")
+    add("--seconds", type=float, default=math.inf, metavar="N", help="begin no case of a section after so many seconds")
     add("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     add("--quick", action="store_true", help="one case per section, fewer rounds, nothing compiled by torch.compile")
     add("--sweep", action="store_true", help="time launches of our own kernels instead, fastest first; writes nothing")
@@ -66,11 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("needs a CUDA GPU, and there is none here (--draw makes figures from existing results)")
     sections = {name: load_section(name) for name in names}
+    size = Options(quick=options.quick, seconds=options.seconds)
     if options.sweep:
         for section in sections.values():
-            sweep_section(section, Options(quick=options.quick), console, options.case)
+            sweep_section(section, size, console, options.case)
         return 0
-    return run(sections, Options(quick=options.quick), options.output, console, options.case, options.commit)
+    return run(sections, size, options.output, console, options.case, options.commit)
 
 
 def load_section(name: str) -> Section:
@@ -91,7 +98,7 @@ def run(
 
     Args:
         sections: by name.
-        options: device and size.
+        options: device, size and time.
         output: folder of the files.
         console: where checks, times and tables appear.
         wanted: part of the names of the cases to take.
@@ -107,10 +114,11 @@ def run(
     green, failures = {}, []
     for name, section in sections.items():
         console.rule(name)
-        outcome = run_section(section, options, rates, console, wanted)
+        save = partial(extend_csv, output / f"{name}.csv", head, section.columns, keys=("case",))
+        outcome = run_section(section, options, rates, console, wanted, save)
         failures += [f"{name}: {failure}" for failure in outcome.failures]
         if outcome.rows:
-            extend_csv(output / f"{name}.csv", head, section.columns, outcome.rows, keys=("case",))
+            save(outcome.rows)
             green[name] = section
     draw(green, output, console)
     for failure in failures:

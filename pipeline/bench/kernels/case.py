@@ -1,6 +1,7 @@
 """What a section of the benchmark consists of: cases, each with checks that gate it and contests that are timed."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -64,6 +65,8 @@ class Options(NamedTuple):
 
     device: str = "cuda"
     quick: bool = False
+    seconds: float = math.inf
+    """Cases not begun after so many are left out."""
 
 
 class Outcome(NamedTuple):
@@ -92,6 +95,9 @@ class Section(NamedTuple):
     """Of the CSV."""
     measure: Callable[[Options, str], Outcome] | None = None
     """Instead of timing cases: something else to measure, of the cases whose names contain a text."""
+    compile: Callable[[Options, str], Iterable[Callable[[], object]]] | None = None
+    """Calls that compile what cases with a text in their names run: made in threads first, since a compiler uses one
+    core and cases come one after the other."""
 
 
 def mismatch(got: Tensor, want: Tensor) -> float:

@@ -6,7 +6,7 @@ weights of the union of the tokens' nonzero features (all weights, for products 
 """
 
 # ruff: noqa: E741 - O is a dimension
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,7 @@ from torch.nn.functional import linear
 from kernels import decode, reference
 from kernels.launch import multiprocessors
 from kernels.packing import PackedTernary, pack_ternary
-from pipeline.bench.kernels.case import Case, Check, Contest, Options, Section, mismatch
+from pipeline.bench.kernels.case import Check, Contest, Options, Section, mismatch
 from pipeline.bench.kernels.drawing import panels, ratio_table, save, speedup, unique
 from pipeline.bench.kernels.timing import Call, Rates
 from pipeline.bench.results import Row
@@ -30,6 +30,7 @@ SPARSITIES = (0.0, 0.3, 0.5, 0.6, 0.8, 0.9)
 ROTATION_BYTES = 256 * 2**20
 DENSE = "dense bf16"
 TERNARY = ("ternary gemv", "ternary dot")
+FLOAT = "bf16 gemv"
 
 
 class DecodeCase:
@@ -86,13 +87,17 @@ class DecodeCase:
         """For each of our products one call per copy of its weight."""
         floats, chosen = codes.bfloat16(), configs or {}
         gemv, dot, dense = (
-            dict[str, Any](workspace=self._workspace, config=chosen.get(name)) for name in (*TERNARY, "bf16 gemv")
+            dict[str, Any](workspace=self._workspace, config=chosen.get(name)) for name in (*TERNARY, FLOAT)
         )
         return {
             "ternary gemv": [partial(self._gemv, codes, w, **self._scales, **gemv) for w in self._column],
             "ternary dot": [partial(decode.ternary_dot, codes, w, **self._scales, **dot) for w in self._row],
-            "bf16 gemv": [partial(decode.float_gemv, floats, w, **dense) for w in self._dense_DO],
+            FLOAT: [partial(decode.float_gemv, floats, w, **dense) for w in self._dense_DO],
         }
+
+    def first_calls(self) -> list[Call]:
+        """One of each product."""
+        return [calls[0] for codes in self._codes.values() for calls in self._calls(codes).values()]
 
     def checks(self) -> Iterator[Check]:
         """Products of codes bit for bit; those of floats within n float32 additions and one rounding to bf16."""
@@ -104,8 +109,8 @@ class DecodeCase:
             x, weight = codes.double(), self._dense_DO[0].double()
             exact, magnitude = x @ weight, x.abs() @ weight.abs()
             bound = self._sizes[0] * 2**-23 * magnitude + 2**-8 * exact.abs()
-            excess = ((found["bf16 gemv"].double() - exact).abs() / bound.clamp(min=1e-30)).max()
-            yield Check(f"bf16 gemv, {sparsity:.0%} zeros, error over its bound", float(excess), 1.0)
+            excess = ((found[FLOAT].double() - exact).abs() / bound.clamp(min=1e-30)).max()
+            yield Check(f"{FLOAT}, {sparsity:.0%} zeros, error over its bound", float(excess), 1.0)
 
     def contests(self, rates: Rates) -> Iterator[Contest]:
         """One per sparsity."""
@@ -121,7 +126,7 @@ class DecodeCase:
                     DENSE: 2 * D * O / rates.bytes_per_us,
                     "ternary gemv": needed / 4,
                     "ternary dot": D * O / 4 / rates.bytes_per_us,
-                    "bf16 gemv": 2 * needed,
+                    FLOAT: 2 * needed,
                 },
             )
 
@@ -141,7 +146,7 @@ class DecodeCase:
         dot = decode.DotConfig()
         candidates = {
             "ternary gemv": gemv(((2, 4), (4, 4), (2, 8)), 512, -(-D // 4), decode.TERNARY_STEPS),
-            "bf16 gemv": gemv(((4, 4), (8, 4), (16, 4)), 256, D, decode.FLOAT_STEPS),
+            FLOAT: gemv(((4, 4), (8, 4), (16, 4)), 256, D, decode.FLOAT_STEPS),
             "ternary dot": [replace(dot, splits=splits) for splits in (2, 4, 8)] + [replace(dot, overlap=False)],
         }
         for name, configs in candidates.items():
@@ -153,38 +158,70 @@ def _packed_copies(packed: PackedTernary, rotation_bytes: int) -> list[PackedTer
     return [replace(packed, words=packed.words.clone()) for _ in range(copies)]
 
 
-def _cases(options: Options) -> Mapping[str, Callable[[], Case]]:
+def _cases(options: Options, **arguments: Any) -> Mapping[str, Callable[[], "DecodeCase"]]:
     tokens = TOKENS[:1] if options.quick else TOKENS
-    return {f"{D} -> {O}, T={T}": partial(DecodeCase, D, O, T, options.device) for D, O in SHAPES for T in tokens}
+    return {
+        f"{D} -> {O}, T={T}": partial(DecodeCase, D, O, T, options.device, **arguments)
+        for D, O in SHAPES
+        for T in tokens
+    }
+
+
+def _compile(options: Options, wanted: str) -> Iterable[Call]:
+    """Every kernel of every number of tokens once: how the work is divided is compiled in."""
+    for name, build in _cases(options, sparsities=(0.5,), rotation_bytes=1).items():
+        if wanted in name:
+            yield from build().first_calls()
 
 
 def _draw(rows: Sequence[Row], path: Path) -> None:
-    """Break-even map: speed-up of the fastest ternary product over dense bf16, over sparsity and tokens."""
+    """Break-even maps over sparsity and tokens: the faster ternary product, and sparse bf16, against dense bf16."""
     shapes = list(dict.fromkeys(row["case"].split(", ")[0] for row in rows))
-    figure, axes = panels(len(shapes))
-    for panel, shape in zip(axes, shapes, strict=True):
-        here = [row for row in rows if row["case"].startswith(f"{shape}, ") and row["variant"] in TERNARY]
-        cases, columns = unique(here, "case"), unique(here, "operation")
-        grid = []
-        for y, case in enumerate(cases):
-            grid.append([0.0] * len(columns))
-            for x, column in enumerate(columns):
-                cell = [row for row in here if (row["case"], row["operation"]) == (case, column)]
-                best = max(cell, key=lambda row: float(row["speedup"]))
-                grid[y][x] = float(best["speedup"])
-                label = f"{grid[y][x]:.1f}x\n{best['variant'].removeprefix('ternary ')}"
-                panel.text(x, y, label, ha="center", va="center", fontsize=6)
-        image = panel.imshow(grid, origin="lower", aspect="auto", cmap="RdYlGn", vmin=0, vmax=10)
-        panel.set_xticks(range(len(columns)), [column.removesuffix(" zeros") for column in columns])
-        panel.set_yticks(range(len(cases)), [case.split("T=")[1] for case in cases])
-        panel.set(xlabel="zero activations", ylabel="tokens", title=shape)
-        figure.colorbar(image, ax=panel, label="speed-up over dense bf16")
+    maps = {"2-bit weights": TERNARY, "bf16 weights": (FLOAT,)}
+    figure, axes = panels(len(shapes) * len(maps), height=3.2)
+    places = [(title, variants, shape) for title, variants in maps.items() for shape in shapes]
+    for panel, (title, variants, shape) in zip(axes, places, strict=True):
+        here = [row for row in rows if row["case"].startswith(f"{shape}, ") and row["variant"] in variants]
+        image = _draw_map(panel, here)
+        panel.set(xlabel="zero activations", ylabel="tokens", title=f"{title}, {shape}")
+        bar = figure.colorbar(image, ax=panel, label="speed-up over dense bf16", ticks=_TICKS)
+        bar.ax.set_yticklabels([f"{tick:g}" for tick in _TICKS])
+        bar.ax.minorticks_off()
     save(figure, path)
+
+
+_TICKS = (0.25, 0.5, 1, 2, 4, 8, 16)
+
+
+def _draw_map(panel: Any, rows: Sequence[Row]) -> Any:
+    """One map, green where the fastest of the rows of a cell wins, with the line where it and dense are equal."""
+    from matplotlib.colors import LogNorm
+
+    cases, columns = unique(rows, "case"), unique(rows, "operation")
+    grid = []
+    for y, case in enumerate(cases):
+        grid.append([float("nan")] * len(columns))
+        for x, column in enumerate(columns):
+            cell = [row for row in rows if (row["case"], row["operation"]) == (case, column)]
+            if not cell:
+                continue
+            best = max(cell, key=lambda row: float(row["speedup"]))
+            grid[y][x] = float(best["speedup"])
+            label = f"{grid[y][x]:.2f}x" + (f"\n{best['variant'].removeprefix('ternary ')}" if len(cell) > 1 else "")
+            panel.text(x, y, label, ha="center", va="center", fontsize=7)
+    image = panel.imshow(grid, origin="lower", aspect="auto", cmap="RdYlGn", norm=LogNorm(1 / 16, 16))
+    known = [value for line in grid for value in line if value == value]
+    if min(len(cases), len(columns)) > 1 and min(known) < 1 < max(known):
+        panel.contour(grid, levels=[1.0], colors="black", linewidths=1.5)
+    panel.set_xticks(range(len(columns)), [column.removesuffix(" zeros") for column in columns])
+    panel.set_yticks(range(len(cases)), [case.split("T=")[1] for case in cases])
+    return image
 
 
 SECTION = Section(
     "Decoding: a weight in memory times few tokens (speed-up over dense bf16)",
     cases=_cases,
+    compile=_compile,
     draw=_draw,
     table=ratio_table(speedup, "x"),
 )

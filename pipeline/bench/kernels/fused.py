@@ -14,7 +14,7 @@ import torch._functorch.config
 from torch import Tensor
 
 from kernels import fused, fused_backward, reference, sparsify
-from kernels.fused import Activation
+from kernels.dispatch import Activation
 from pipeline.bench.kernels.case import Case, Check, Contest, Options, Section, mismatch, relative_error
 from pipeline.bench.kernels.drawing import of_floor, ratio_bars, ratio_table
 from pipeline.bench.kernels.timing import Call, Rates
@@ -68,7 +68,7 @@ class FusedCase:
         self._kept = features // 2
         self._x = torch.randn(tokens, form.halves * features, device=device).bfloat16()
         self._grad = torch.randn(tokens, features, device=device).bfloat16()
-        self._gain = 1 + 0.1 * torch.randn(features, device=device) if form.norm else None
+        self._gain = (1 + 0.1 * torch.randn(features, device=device)).bfloat16() if form.norm else None
         self._rstd = self._sparsified(self._kept).rstd
 
     def _sparsified(self, kept: int | None, launch: dict[str, int] | None = None) -> fused.Sparsified:

@@ -49,7 +49,7 @@ SHAPES = (Shape(8, 16384, 4096, 14336), Shape(64, 65536, 2048, 1408))
 class Product(NamedTuple):
     """One of our products: the call, which may be given a tile shape, its reference, its error bound, its unit."""
 
-    call: Callable[..., Tensor]
+    call: Callable[..., Any]
     reference: Callable[[], Tensor]
     bound: float
     unit: str

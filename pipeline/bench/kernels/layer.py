@@ -15,6 +15,7 @@ code does.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,7 @@ _EXACT_FORMAT = LinearFormat(sparsity=SPARSITY, weights="ternary", activations="
 _FAST_FORMAT = LinearFormat(sparsity=SPARSITY, weights="ternary", activations="int8", gradients="e4m3")
 
 Layer = Callable[[Tensor], Tensor]
+Maker = Callable[[Tensor], tuple[Layer, Tensor]]
 
 
 class LayerCase:
@@ -71,6 +73,9 @@ class LayerCase:
         self.weight = (0.02 * torch.randn(O, D, device=device)).bfloat16().requires_grad_()
         spread = torch.exp(torch.randn(tokens, 1, device=device))
         self.grad = (1e-4 * spread * torch.randn(tokens, O, device=device)).bfloat16()
+
+    makers: ClassVar[Mapping[str, Maker]] = {"Transformer Engine FP8": naive.transformer_engine_fp8}
+    """Layers of other libraries, from a weight; each also gives its parameter."""
 
     def layers(self) -> dict[str, Layer]:
         """Those that need no other library."""
@@ -116,35 +121,36 @@ class LayerCase:
         """Product, whole layer, single passes."""
         yield self._forward_product(rates)
         ours = self.layers()
-        rivals: dict[str, Call] = {"naive": self._train(ours.pop("naive"))}
+        rivals: dict[str, Call] = {"naive": self.train(ours.pop("naive"))}
         if self._compiled:
             compiled = torch.compile(partial(naive.naive_linear, weight=self.weight, kept=self._kept), dynamic=False)
-            rivals["naive compiled"] = self._train(compiled)
-        rivals |= self._libraries()
-        variants = {name: self._train(layer) for name, layer in ours.items()}
+            rivals["naive compiled"] = self.train(compiled)
+        variants = {name: self.train(layer) for name, layer in ours.items()}
+        floors = self.floors(rates)
+        yield Contest(WHOLE, variants, rivals=rivals | self.libraries(), baseline=DENSE, floors=floors)
+        yield Contest(PASSES, dict(self._passes()))
+
+    def floors(self, rates: Rates) -> dict[str, float]:
+        """Microseconds of the three products alone at the rates of the vendor's library."""
         product = {unit: 2 * math.prod(self._sizes) / rate for unit, rate in rates.operations_per_us.items()}
-        floors = {
+        return {
             DENSE: 3 * product["bf16"],
             EXACT: product["int8"] + 2 * product["bf16"],
             FAST: product["int8"] + 2 * product["fp8"],
         }
-        yield Contest(WHOLE, variants, rivals=rivals, baseline=DENSE, floors=floors)
-        yield Contest(PASSES, dict(self._passes()))
 
-    def _train(self, layer: Layer, weight: Tensor | None = None) -> Call:
+    def train(self, layer: Layer, weight: Tensor | None = None) -> Call:
+        """Forward and backward of a layer, `weight` being its parameter if it is not ours."""
         inputs = self.x, self.weight if weight is None else weight
         return lambda: torch.autograd.grad(layer(self.x), inputs, self.grad)
 
-    def _libraries(self) -> dict[str, Call]:
+    def libraries(self) -> dict[str, Call]:
+        """Forward and backward of other libraries' layers; what cannot be made raises when it is called."""
         found: dict[str, Call] = {}
-        makers = {
-            "Transformer Engine FP8": naive.transformer_engine_fp8,
-            "torchao BitNet": naive.torchao_bitnet,
-        }
-        for name, make in makers.items():
+        for name, make in self.makers.items():
             try:
-                found[name] = self._train(*make(self.weight.detach()))
-            except (ImportError, OSError, RuntimeError) as error:
+                found[name] = self.train(*make(self.weight.detach()))
+            except Exception as error:  # other people's code
                 found[name] = partial(_absent, error)
         return found
 

@@ -8,6 +8,7 @@ a chain of elementwise operations, one `topk` and one `scatter` in bf16, for aut
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,16 +74,33 @@ def transformer_engine_fp8(weight: Tensor) -> tuple[Layer, Tensor]:
 
 
 def torchao_bitnet(weight: Tensor) -> tuple[Layer, Tensor]:
-    """torchao's BitNet b1.58 training layer: int8 activations and ternary weights, no sparsity; and its parameter.
+    """torchao's BitNet b1.58 training layer: int8 activations, ternary weights, no sparsity, bf16 gradients.
 
     Raises:
         ImportError: it is not installed, or has no such prototype any more.
     """
     from torchao.prototype.quantized_training import bitnet_training
+
+    return _torchao_layer(weight, bitnet_training())
+
+
+def torchao_int8(weight: Tensor) -> tuple[Layer, Tensor]:
+    """torchao's INT8 mixed-precision training layer: all three products in int8, scales per row and column.
+
+    Raises:
+        ImportError: as `torchao_bitnet`.
+    """
+    from torchao.prototype.quantized_training import int8_mixed_precision_training
+
+    return _torchao_layer(weight, int8_mixed_precision_training())
+
+
+def _torchao_layer(weight: Tensor, config: Any) -> tuple[Layer, Tensor]:
+    """A linear layer as `config` converts it, compiled as its authors say; and its parameter."""
     from torchao.quantization import quantize_
 
     layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         layer.weight.copy_(weight)
-    quantize_(layer, bitnet_training())
+    quantize_(layer, config)
     return torch.compile(layer, dynamic=False), layer.weight

@@ -1,7 +1,10 @@
 """Gate, then time: no section prints a speed unless all its cases agree with their references."""
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from rich.console import Console
@@ -12,26 +15,41 @@ from pipeline.bench.kernels.timing import Rates, Timing, copy, measure, runnable
 COPY = "copy"
 
 
-def run_section(section: Section, options: Options, rates: Rates, console: Console, wanted: str = "") -> Outcome:
+def run_section(
+    section: Section,
+    options: Options,
+    rates: Rates,
+    console: Console,
+    wanted: str = "",
+    save: Callable[[list[dict[str, object]]], None] = lambda rows: None,
+) -> Outcome:
     """Check all cases whose names contain `wanted`; if all agree, time them.
 
     An error while timing ends its case; the rows measured until then are kept.
 
     Args:
         section: what to run.
-        options: device and size.
+        options: device, size and time.
         rates: of this machine.
         console: where checks and times appear as they are made.
         wanted: part of a case's name; empty takes all.
+        save: takes all rows so far, after each case: what comes may be killed.
     """
+    begin = time.monotonic()
     if section.measure is not None:
         return section.measure(options, wanted)
     cases = {name: build for name, build in section.cases(options).items() if wanted in name}
+    if section.compile is not None:
+        _call_in_threads(section.compile(options, wanted))
     failures = [failure for name, build in cases.items() for failure in _gate(name, build, console)]
     if failures:
         return Outcome([], failures)
+    _say(console, f"checked in {time.monotonic() - begin:.0f} s")
     rows: list[dict[str, object]] = []
     for name, build in cases.items():
+        if time.monotonic() - begin > options.seconds:
+            _say(console, f"{name} is left out: {options.seconds:g} seconds are over")
+            continue
         try:
             for row in _time(name, build, options, rates, console):
                 rows.append(row)
@@ -39,7 +57,17 @@ def run_section(section: Section, options: Options, rates: Rates, console: Conso
             failures.append(f"{name}: timing broke off: {type(error).__name__}: {str(error)[:300]}")
             console.print_exception()
         _free()
+        save(rows)
+    _say(console, f"done in {time.monotonic() - begin:.0f} s")
     return Outcome(rows, failures)
+
+
+def _call_in_threads(calls: Iterable[Callable[[], object]]) -> None:
+    """One thread per core; an error will come again where it is reported."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for future in [pool.submit(call) for call in calls]:
+            future.exception()
+    _free()
 
 
 def sweep_section(section: Section, options: Options, console: Console, wanted: str = "") -> None:

@@ -1,0 +1,66 @@
+"""Rows spread over ranks through the kernels and through PyTorch; run it with torchrun, exits with 1 if they differ."""
+
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from kernels.dispatch import ReferenceKernels
+from kernels.triton_kernels import ShardedNormKernels, TritonKernels
+from qsparse_layers.config import LinearFormat
+from qsparse_layers.functional import LinearCall, Sharding, WeightParts, prepare_input
+from qsparse_layers.norm import rms_norm, sharded_rms_norm
+from tests.kernels.test_sparsify import rows
+
+FORMATS = {
+    "dense": {},
+    "global": {"sparsity": 0.45},
+    "shard": {"sparsity": 0.45, "topk_scope": "shard"},
+    "block": {"sparsity": 0.5, "pattern": "block", "block_size": 8},
+}
+
+
+def differences() -> list[str]:
+    """Cases whose codes or scales differ on this rank."""
+    group = dist.group.WORLD
+    assert group is not None
+    found = []
+    for name, keys in FORMATS.items():
+        layout = LinearFormat(weights="ternary", activations="int8", **keys)
+        for kind in ("heavy", "integers"):  # integers: many ties
+            x = rows(kind, 4, 96, "cpu").view(2, 2, 96).chunk(group.size(), dim=-1)[group.rank()]
+            operands = []
+            for kernels in (TritonKernels(), ReferenceKernels()):
+                parts, sharding = WeightParts(1, (8,)), Sharding(features=group)
+                call = LinearCall(layout, parts, sharding, layout.sparsity, kernels=kernels)
+                operands.append(prepare_input(x, call)[0])
+            fast, slow = operands
+            assert fast.scale is not None and slow.scale is not None
+            if not (torch.equal(fast.values, slow.values) and torch.equal(fast.scale, slow.scale)):
+                found.append(f"{name}, {kind}")
+    return found
+
+
+def norm_error() -> float:
+    """Largest difference between the two norms in values and gradients, relative to the largest value."""
+    group = dist.group.WORLD
+    assert group is not None
+    shards = [rows("normal", 6, 64, "cpu").chunk(group.size(), dim=-1)[group.rank()] for _ in range(2)]
+    gain = torch.linspace(0.5, 1.5, 64).bfloat16().chunk(group.size())[group.rank()]
+    results = []
+    for norm in (rms_norm, partial(sharded_rms_norm, kernels=ShardedNormKernels())):
+        x, weight = (t.clone().requires_grad_() for t in (shards[0], gain))
+        y = norm(x, weight, 64, 1e-5, group=group)
+        results.append([y, *torch.autograd.grad(y, (x, weight), shards[1])])
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    wrong = differences()
+    if (error := norm_error()) > 2**-6:  # bf16 results, which the interpreter cuts off
+        wrong.append(f"norm: {error}")
+    dist.destroy_process_group()
+    sys.exit("; ".join(wrong) or 0)
