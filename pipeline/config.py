@@ -292,6 +292,29 @@ class WatchdogConfig(Section):
     """The same for the first step of a start (which compiles), an evaluation, a checkpoint and the end of the run."""
 
 
+class ProfileConfig(Section):
+    """What is recorded of some steps (`pipeline.profiling`), into the run's folder `profile`."""
+
+    steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step to record; absent: none."""
+    ranks: tuple[NonNegativeInt, ...] = (0,)
+    """Ranks that record."""
+    trace: bool = True
+    """A trace of operators and kernels for Perfetto."""
+    memory: Literal["off", "oom", "steps"] = "off"
+    """History of GPU memory, written when it does not suffice (`oom`), also after `steps`; costs some time."""
+    nsys: bool = False
+    """Instead of a trace name ranges and mark the steps for `nsys profile --capture-range=cudaProfilerApi`."""
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> "ProfileConfig":
+        if self.steps is not None and self.steps[0] > self.steps[1]:
+            raise ValueError(f"profile.steps={list(self.steps)}: the first step comes after the last one")
+        if self.memory == "steps" and self.steps is None:
+            raise ValueError("profile.memory=steps needs profile.steps, the first and the last of them")
+        return self
+
+
 class Config(Section):
     """One run of `qsparse train`."""
 
@@ -313,6 +336,8 @@ class Config(Section):
     """Where metrics go: MLflow, the console, how often."""
     watchdog: WatchdogConfig = WatchdogConfig()
     """When a run without progress is a hang."""
+    profile: ProfileConfig = ProfileConfig()
+    """Recording some steps."""
 
     @property
     def local_world_size(self) -> int:

@@ -130,7 +130,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         apply_rope_fusion=uses_transformer_engine(config),
-        moe_permute_fusion=config.model.moe is not None and uses_transformer_engine(config),
+        moe_permute_fusion=_permutes_fused(config),
         cross_entropy_loss_fusion=uses_transformer_engine(config),
         cross_entropy_fusion_impl="te",
         batch_p2p_comm=parallel.vpp == 1,
@@ -185,6 +185,12 @@ def _build_chunk(config: Config, transformer: TransformerConfig, vocab_size: int
         rotary_base=config.model.rope_theta,
         vp_stage=stage,
     )
+
+
+def _permutes_fused(config: Config) -> bool:
+    """Transformer Engine's permutation wants the number of rows beforehand, which all-gather does not know."""
+    moe = config.model.moe
+    return moe is not None and moe.dispatcher != "allgather" and uses_transformer_engine(config)
 
 
 def uses_transformer_engine(config: Config) -> bool:

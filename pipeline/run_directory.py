@@ -6,7 +6,7 @@
         metrics.jsonl           every logged number (pipeline.metrics); the truth that MLflow is a copy of
         status.json             running, completed, stopped or failed; the batch script requeues by it
         mlflow_run_id           MLflow's id of this run, so that a resumed run continues it
-        checkpoints/  figures/  samples/  logs/rank-00000.log
+        checkpoints/  figures/  samples/  profile/  logs/rank-00000.log
 
 Files that others read while the run goes on (status, config, environment) are written to a temporary name and
 renamed, so a reader, or a kill at any moment, sees the old text or the new one and never a part.  Nothing here
@@ -48,6 +48,11 @@ class RunDirectory:
     def metrics(self) -> Path:
         """Every logged number (JSON lines)."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def profile(self) -> Path:
+        """Recordings of single steps (`pipeline.profiling`)."""
+        return self.path / "profile"
 
     @property
     def status(self) -> Path:

@@ -16,6 +16,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.expert_load import ExpertLoadMeter
 from pipeline.generate import generate
 from pipeline.learner import Learner, StepResult
+from pipeline.profiling import Profiler
 from pipeline.reporter import Reporter
 from pipeline.run_directory import RunDirectory
 from pipeline.signals import StopRequest
@@ -58,6 +59,13 @@ class Trainer:
         self.expert_load = ExpertLoadMeter(model.routed, world)
         with agreement():
             self.reporter = Reporter(config, world, directory, self.vocab_size, start.progress)
+        with agreement():
+            self.profiler = Profiler(
+                *(config.profile, directory.profile),
+                rank=world.rank,
+                world_size=world.size,
+                device=world.device,
+            )
         self.stop_request = StopRequest()
         self.watchdog = Watchdog(
             *(directory, config.watchdog),
@@ -93,7 +101,8 @@ class Trainer:
         if logged:
             self.sparsity.start()
             self.expert_load.start()
-        result = self.learner.step(step, stop=self.stop_request.signal_name is not None)
+        with self.profiler.step(step + 1):
+            result = self.learner.step(step, stop=self.stop_request.signal_name is not None)
         self.reporter.advance(step + 1)
         self._tell_bad_chunks(step + 1)
         if logged:
@@ -168,6 +177,7 @@ class Trainer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.watchdog.__exit__()
+        self.profiler.close()
         self.learner.close()
         try:
             if error is not None:

@@ -24,10 +24,12 @@ _ROUTED = 30
 """Per copy of a token and feature: permute, sort, weight and sum, and back."""
 _SHARDED_CODES = 7
 """Codes of a row that several ranks share: its maximum, codes and counts, mask (`kernels.sharded`)."""
-_UNQUANTIZED_SELECTION = 80
-"""Top-K without codes: plain operators count digits and compare (`qsparse_layers.selection`)."""
+_UNQUANTIZED_SELECTION = 10
+"""Top-K without codes (`kernels.topk_float`): a read and a write, and counting that memory waits for."""
+_SHARDED_NORM = 6, 10
+"""SubLN of a row that several ranks share (`kernels.sharded_norm`): forward, backward."""
 _UNFUSED_NORM = 16, 24
-"""SubLN of a row that several ranks share, in float32: forward, backward."""
+"""SubLN without quantization, plain operators in float32."""
 
 
 class Costs(defaultdict[str, float]):
@@ -142,7 +144,8 @@ class _LayerTime:
             if branches:
                 plain, back = 2 * branches + 2, 4 * branches + 2
             if has_norm:
-                plain, back = plain + _UNFUSED_NORM[0], back + _UNFUSED_NORM[1]
+                norm = _SHARDED_NORM if shards > 1 else _UNFUSED_NORM
+                plain, back = plain + norm[0], back + norm[1]
             if linear.is_int8:
                 codes = _SHARDED_CODES
             elif form.sparsity:

@@ -125,7 +125,7 @@ def _column_input(linear: Linear, tokens: float) -> float:
     return tokens * (linear.inputs + 4 if linear.is_int8 else BF16 * linear.inputs)
 
 
-def _row_input(linear: Linear, tokens: float, shards: int, *, produced: int) -> float:
+def _row_input(linear: Linear, tokens: float, shards: int, *, produced: int, norm_kernel: bool = True) -> float:
     """What a row-parallel projection saves beside its producer's tensors.
 
     Args:
@@ -133,13 +133,17 @@ def _row_input(linear: Linear, tokens: float, shards: int, *, produced: int) -> 
         tokens: rows on this rank.
         shards: ranks that share a row.
         produced: bytes per feature of the input, if nobody else keeps it and this layer does not quantize.
+        norm_kernel: the norm of a row on several ranks has a kernel.
     """
     features = linear.inputs / shards
-    in_one_pass = linear.is_int8 and shards == 1
     norm = 0.0
     if linear.format.sub_norm:
-        # Unfused, the norm keeps its input and its result without the gain, both in float32.
-        norm = 4 if in_one_pass else 8 * features + 4
+        if linear.is_int8 and shards == 1:  # in one pass with the quantization
+            norm = 4
+        elif shards > 1 and norm_kernel:
+            norm = produced * features + 4
+        else:  # torch keeps the norm's input and its result without the gain, both in float32
+            norm = 8 * features + 4
         produced = BF16
     scale = 4 if linear.is_int8 else 0
     return tokens * (
@@ -167,7 +171,7 @@ def _routed(ffn: FeedForward, config: Config, layout: Layout) -> float:
     router = local * (BF16 * hidden + 9 * ffn.experts + 24 * ffn.visits)
     sent_as_codes = ffn.up.is_int8 and moe.dispatch == "codes"
     up = copies * (ffn.up.inputs + 4) if sent_as_codes else _column_input(ffn.up, copies)
-    down = _row_input(ffn.down, copies, layout.etp, produced=BF16)
+    down = _row_input(ffn.down, copies, layout.etp, produced=BF16, norm_kernel=False)
     if ffn.down.format.sub_norm and ffn.down.is_8bit and layout.etp > 1:
         down += copies * BF16 * ffn.down.inputs / layout.etp  # each row's gain
     weighted = copies * BF16 * hidden

@@ -215,7 +215,7 @@ def _candidates(config: Config, fixed: Collection[str], cluster: Cluster) -> Ite
     eps = options(
         "parallel.ep", [n for n in powers if model.moe and model.moe.num_experts % n == 0 and n <= gpus] or [1]
     )
-    sizes = options("training.micro_batch_size", [1, 2, 4, 8])
+    sizes = options("training.micro_batch_size", [1, 2, 4, 8, 16])
     recomputes = options("training.recompute", ["none", "full"] if model.moe else ["none", "up_projection", "full"])
     # Whether a CUDA graph is possible at all: of its obstacles the layout decides pipelines and recomputation.
     plain = {"parallel.pp": 1, "parallel.vpp": 1, "parallel.overlap_param_gather": False, "training.recompute": "none"}

@@ -66,10 +66,30 @@ class PlainFused:
         return *ReferenceKernels().sparsify(x, kept, block), rstd
 
 
+class PlainShardedNorm:
+    """Forward passes of `kernels.dispatch.ShardedNorm` likewise."""
+
+    def takes(self, x: Tensor) -> bool:
+        """See `ShardedNorm.takes`."""
+        return x.dtype == torch.bfloat16
+
+    def sum_squares(self, x: Tensor) -> Tensor:
+        """See `ShardedNorm.sum_squares`."""
+        return x.float().square().sum(-1, keepdim=True)
+
+    def normalize(
+        self, x: Tensor, squares: Tensor, gain: Tensor, num_features: int, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """See `ShardedNorm.normalize`."""
+        rstd = torch.rsqrt(squares / num_features + eps)
+        return (x * rstd * gain).to(x.dtype), rstd
+
+
 class Kernels(ReferenceKernels):
     """The reference with one-pass forms, so that layers take the autograd functions of a GPU."""
 
     fused = PlainFused()  # type: ignore[assignment]
+    sharded_norm = PlainShardedNorm()  # type: ignore[assignment]
 
 
 def use(model: Model, kernels: Kernels, *, recompute: bool) -> None:
