@@ -16,3 +16,7 @@ class UserError(AgreedError, ValueError):
 
 class NonFiniteError(AgreedError):
     """Loss, gradient norm or weights are not numbers; names step, rank and samples."""
+
+
+class DeviceMemoryError(MemoryError):
+    """A GPU's memory did not suffice on this rank; says what would take less."""

@@ -42,10 +42,13 @@ from moe.layer import RoutedLayer, configure_moe_layers
 from moe.spec import QSparseMoESpecProvider, moe_spec
 from pipeline.config import Config, ModelConfig
 from pipeline.cpu_backend import uses_cpu
+from pipeline.errors import UserError
 from qsparse_layers.mlp import fuse_activations
 from qsparse_layers.rules import ConfiguredLayer, configure_layers, global_paths
 from qsparse_layers.schedules import Schedule
 
+FIRST_WITH_FP8 = (8, 9)
+"""Compute capability."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -69,12 +72,15 @@ def build_model(config: Config, vocab_size: int) -> Model:
     Args:
         config: the run.
         vocab_size: token ids of the dataset's tokenizer, before padding.
+
+    Raises:
+        UserError: the GPU cannot compute in the formats of the configuration.
     """
+    kernels = _kernels(config)
     transformer = transformer_config(config)
     schedule = Schedule(config.model.qsparse)
     stages = range(config.parallel.vpp) if config.parallel.vpp > 1 else [None]
     chunks = [_build_chunk(config, transformer, vocab_size, stage) for stage in stages]
-    kernels = kernels_for("cpu" if uses_cpu(config.run.device) else "cuda", config.run.kernels)
     layers = [layer for chunk in chunks for layer in _configure(chunk, config.model, schedule, kernels)]
     options = config.model.moe, config.model.qsparse
     routed = [layer for chunk in chunks for layer in configure_moe_layers(chunk, *options, schedule, kernels)]
@@ -185,6 +191,19 @@ def _build_chunk(config: Config, transformer: TransformerConfig, vocab_size: int
         rotary_base=config.model.rope_theta,
         vp_stage=stage,
     )
+
+
+def _kernels(config: Config) -> Kernels:
+    if uses_cpu(config.run.device):
+        return kernels_for("cpu", config.run.kernels)
+    qsparse, capability = config.model.qsparse, torch.cuda.get_device_capability()
+    uses_fp8 = "e4m3" in (qsparse.gradients, *(rule.gradients for rule in qsparse.rules))
+    if uses_fp8 and config.run.kernels != "reference" and capability < FIRST_WITH_FP8:
+        raise UserError(
+            f"model.qsparse.gradients=e4m3 needs a GPU with FP8 (compute capability 8.9 or higher), this is a "
+            f"{torch.cuda.get_device_name()} ({'.'.join(map(str, capability))}): use model.qsparse.gradients=full"
+        )
+    return kernels_for("cuda", config.run.kernels)
 
 
 def _permutes_fused(config: Config) -> bool:

@@ -13,6 +13,7 @@ from moe.load import load_metrics
 from pipeline.checkpoint import Checkpoints, Progress, load, model_shape, optimizer_format
 from pipeline.config import Config
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.device_memory import explained
 from pipeline.expert_load import ExpertLoadMeter
 from pipeline.generate import generate
 from pipeline.learner import Learner, StepResult
@@ -49,9 +50,10 @@ class Trainer:
         self.config, self.world, self.data = config, world, data
         self.vocab_size = data.vocab_size
         self.checkpoints = Checkpoints(directory.checkpoints, config.checkpoint)
-        self.learner = Learner(
-            *(config, world, data.train, self.vocab_size), eod_id=data.eod_id, bad_chunks=data.bad_chunks
-        )
+        with explained(config, world.rank, "while the model is built"):
+            self.learner = Learner(
+                *(config, world, data.train, self.vocab_size), eod_id=data.eod_id, bad_chunks=data.bad_chunks
+            )
         self.first_step = start.progress.step
         self._load(start)
         model = self.learner.model
@@ -101,7 +103,7 @@ class Trainer:
         if logged:
             self.sparsity.start()
             self.expert_load.start()
-        with self.profiler.step(step + 1):
+        with explained(self.config, self.world.rank, f"in step {step + 1}"), self.profiler.step(step + 1):
             result = self.learner.step(step, stop=self.stop_request.signal_name is not None)
         self.reporter.advance(step + 1)
         self._tell_bad_chunks(step + 1)
@@ -113,7 +115,8 @@ class Trainer:
     def _evaluate(self, step: int) -> float:
         self.watchdog.beat("evaluation", step)
         start = time.perf_counter()
-        loss = self.learner.evaluate(self.data.val)
+        with explained(self.config, self.world.rank, f"in the evaluation after step {step}"):
+            loss = self.learner.evaluate(self.data.val)
         self._tell_bad_chunks(step)
         self.reporter.evaluation(step, loss, time.perf_counter() - start)
         return loss
