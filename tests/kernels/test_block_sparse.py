@@ -5,6 +5,7 @@ A bfloat16 result rounds each element by at most 2^-8 of it.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -248,3 +249,14 @@ def test_bad_arguments(device: str) -> None:
 
 def topology_mask(rows: int, columns: int, device: str) -> Tensor:
     return torch.ones(rows, columns, dtype=torch.bool, device=device)
+
+
+def test_pairs_cover_each_row_of_tiles_from_its_start(device: str) -> None:
+    mask = torch.rand(9, 12, generator=randoms(3)) < 0.4
+    mask[4] = False
+    for capacity in (None, 60):
+        topology = from_mask(mask.to(device), (128, 128), capacity=capacity)
+        offsets = topology.row_offsets.tolist()
+        want = [tile for first, last in pairwise(offsets) for tile in range(first, last, 2)]
+        assert topology.pairs[: int(topology.num_pairs)].tolist() == want
+        assert not topology.pairs[len(want) :].any()
