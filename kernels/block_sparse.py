@@ -9,35 +9,31 @@ two others: a program owns one output tile and walks the nonzero tiles of its ro
 and multiplied.  Products with S^T walk the second index of the topology; the values are neither moved nor copied.
 
 Tiles of 128 x 128 keep the tensor cores busy, and on Hopper have kernels of their own (`block_sparse_hopper`); smaller
-ones follow a pattern more closely and lose speed.  bfloat16 sums
-in float32; int8 codes times ternary int8 sum in int32 (both contiguous along the sum, as Hopper's 8-bit products want)
-and meet the scales once, so the result is exact up to one rounding.
+ones follow a pattern more closely and lose speed.  bfloat16 sums in float32; int8 codes times ternary int8 sum in int32
+(both contiguous along the sum, as Hopper's 8-bit products want) and meet the scales once, so the result is exact up to
+one rounding.
 """
 
-# mypy: disable-error-code="no-untyped-def"
-
+import importlib
 from dataclasses import replace
 from typing import Literal
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from kernels.block_sparse_hopper import hopper_sdd, hopper_sparse_dense, takes_sdd, takes_sum
+from kernels.block_sparse_triton import sdd_kernel, sparse_dense_kernel
 from kernels.gemm import has_hopper_kernel
 from kernels.tile_launch import (
+    HOPPER_STEP_BYTES,
     TileConfig,
     check_choice,
     check_operand,
     check_same_device,
     check_tensor,
     descriptor,
-    dot_tiles,
     launch_options,
-    loop_bound,
     stored_dtype,
-    swizzle,
 )
 from kernels.topology import Topology, check_blocks
 
@@ -54,118 +50,13 @@ DSD_TRANSPOSED_CONFIG = TileConfig(128, 256, 64, num_warps=8, num_stages=7, pers
 DSD_INT8_CONFIG = TileConfig(128, 128, 128, num_warps=4, num_stages=5, persistent=False)
 DDS_CONFIG = TileConfig(256, 128, 64, num_warps=8, num_stages=5, persistent=False)
 DDS_INT8_CONFIG = TileConfig(256, 128, 128, num_warps=8, num_stages=5, persistent=False)
+HOPPER_LINE = 128
+"""Rows (columns) of tiles along the result that `block_sparse_hopper` takes."""
+HOPPER_SDD_TILES = ((HOPPER_LINE, 128), (HOPPER_LINE, 256))
 _SMALLEST_INT8_STEP = 32
 """Features per step that one int8 instruction of the tensor cores sums."""
 _MOST_SUMS = 128 * 256
 """Sums per program that eight warps hold in registers."""
-
-
-@triton.jit
-def _sdd_kernel(
-    a_MK,
-    b_desc,
-    values_NRC,
-    rows_N,
-    columns_N,
-    num_tiles_1,
-    a_scale_M,
-    b_scale_N,
-    M,
-    N,
-    K: tl.constexpr,
-    B_IS_NK: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    INTEGER: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WIDEN: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """values[i] = tile (rows[i], columns[i]) of a b."""
-    first, step = tl.program_id(0), tl.num_programs(0)
-    count = tl.load(num_tiles_1)
-    for tile in range(loop_bound(first, INTERPRET), loop_bound(count, INTERPRET), loop_bound(step, INTERPRET)):
-        row = tl.load(rows_N + tile) * BLOCK_M
-        column = tl.load(columns_N + tile) * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INTEGER else tl.float32)  # [BM, BN]
-        for k in range(0, K, BLOCK_K):
-            a = a_MK.load([row, k])  # [BM, BK]
-            if B_IS_NK:
-                b = b_desc.load([column, k]).T
-            else:
-                b = b_desc.load([k, column])  # [BK, BN]
-            acc = dot_tiles(a, b, acc, WIDEN)
-        y = acc.to(tl.float32)
-        in_row = tl.arange(0, BLOCK_M)
-        in_column = tl.arange(0, BLOCK_N)
-        if HAS_SCALES:
-            a_scale = tl.load(a_scale_M + row + in_row, mask=row + in_row < M, other=0.0)
-            b_scale = tl.load(b_scale_N + column + in_column, mask=column + in_column < N, other=0.0)
-            y = y * (a_scale[:, None] * b_scale[None, :])
-        at = values_NRC + (tile * BLOCK_M + in_row).to(tl.int64)[:, None] * BLOCK_N + in_column[None, :]
-        tl.store(at, y.to(values_NRC.dtype.element_ty))
-
-
-@triton.jit
-def _sparse_dense_kernel(
-    values_desc,
-    dense_desc,
-    out_MN,
-    offsets,
-    sum_blocks_N,
-    order_N,
-    row_scale_M,
-    column_scale_N,
-    M,
-    N,
-    SPARSE_LEFT: tl.constexpr,
-    SUM_OVER_ROWS: tl.constexpr,
-    DENSE_IS_NK: tl.constexpr,
-    VALUE_ROWS: tl.constexpr,
-    SUM_BLOCK: tl.constexpr,
-    HAS_SCALES: tl.constexpr,
-    INTEGER: tl.constexpr,
-    GROUP_M: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    WIDEN: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    """out = S dense (SPARSE_LEFT) or dense S; the sum walks the rows or the columns of the stored tiles."""
-    STEPS: tl.constexpr = SUM_BLOCK // BLOCK_K
-    m, n = swizzle(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    line = m if SPARSE_LEFT else n
-    dense_start = n * BLOCK_N if SPARSE_LEFT else m * BLOCK_M
-    first = tl.load(offsets + line)
-    last = tl.load(offsets + line + 1)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32 if INTEGER else tl.float32)  # [BM, BN]
-    for step in range(0, loop_bound((last - first) * STEPS, INTERPRET)):
-        entry = first + step // STEPS
-        within = step % STEPS * BLOCK_K
-        k = tl.load(sum_blocks_N + entry) * SUM_BLOCK + within
-        if SUM_OVER_ROWS:
-            s = values_desc.load([tl.load(order_N + entry) * VALUE_ROWS + within, 0])  # [BK, block columns]
-        else:
-            s = values_desc.load([entry * VALUE_ROWS, within]).T  # [BK, block rows]
-        if SPARSE_LEFT:
-            if DENSE_IS_NK:
-                dense = dense_desc.load([dense_start, k]).T
-            else:
-                dense = dense_desc.load([k, dense_start])  # [BK, BN]
-            acc = dot_tiles(s.T, dense, acc, WIDEN)
-        else:
-            acc = dot_tiles(dense_desc.load([dense_start, k]), s, acc, WIDEN)
-    y = acc.to(tl.float32)
-    rows = m * BLOCK_M + tl.arange(0, BLOCK_M)
-    columns = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    if HAS_SCALES:
-        row_scale = tl.load(row_scale_M + rows, mask=rows < M, other=0.0)
-        column_scale = tl.load(column_scale_N + columns, mask=columns < N, other=0.0)
-        y = y * (row_scale[:, None] * column_scale[None, :])
-    at = out_MN + rows.to(tl.int64)[:, None] * N + columns[None, :]
-    tl.store(at, y.to(out_MN.dtype.element_ty), mask=(rows < M)[:, None] & (columns < N)[None, :])
 
 
 def sdd(
@@ -205,7 +96,7 @@ def sdd(
     _check_8_bit(a_MK, contiguous_sum=transposed, hint='b_layout="nk"')
     _check_scales(a_MK, ("a_scale_M", a_scale_M, M), ("b_scale_N", b_scale_N, N))
     check_same_device(a_MK=a_MK, b=b, row_offsets=topology.row_offsets, a_scale_M=a_scale_M, b_scale_N=b_scale_N)
-    on_hopper = config is None and has_hopper_kernel(a_MK.device) and takes_sdd(topology)
+    on_hopper = config is None and has_hopper_kernel(a_MK.device) and topology.block in HOPPER_SDD_TILES
     narrow = topology.block[0] * topology.block[1] <= 128 * 128
     if a_MK.dtype == torch.int8:
         default = SDD_INT8_CONFIG if narrow else WIDE_SDD_INT8_CONFIG
@@ -214,10 +105,12 @@ def sdd(
     config = _config(config, default, a_MK.dtype, block_m=topology.block[0], block_n=topology.block[1])
     values = torch.empty(topology.capacity, *topology.block, dtype=stored_dtype(torch.bfloat16), device=a_MK.device)
     if topology.capacity and on_hopper:
-        hopper_sdd(a_MK, b, values, topology, b_k_major=transposed, a_scale_M=a_scale_M, b_scale_N=b_scale_N)
+        importlib.import_module("kernels.block_sparse_hopper").hopper_sdd(
+            a_MK, b, values, topology, b_k_major=transposed, a_scale_M=a_scale_M, b_scale_N=b_scale_N
+        )
     elif topology.capacity:
         b_tile = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
-        _sdd_kernel[(config.num_programs(a_MK.device, topology.capacity),)](
+        sdd_kernel[(config.num_programs(a_MK.device, topology.capacity),)](
             descriptor(a_MK, config.block_m, config.block_k), descriptor(b, *b_tile), values,
             topology.rows, topology.columns, topology.row_offsets[-1:], a_scale_M, b_scale_N, M, N,
             K=K, B_IS_NK=transposed, HAS_SCALES=a_scale_M is not None, INTEGER=a_MK.dtype == torch.int8,
@@ -328,7 +221,9 @@ def _sparse_dense(
     line_block = topology.block[1 if over_rows else 0]
     sum_block = _sum_block(topology, over_rows)
     block_m, block_n = (line_block, 0) if left else (0, line_block)
-    on_hopper = config is None and has_hopper_kernel(dense.device) and takes_sum(topology, shape[1], dense, over_rows)
+    on_hopper = (
+        config is None and has_hopper_kernel(dense.device) and _hopper_takes(topology, shape[1], dense, over_rows)
+    )
     if dense.dtype == torch.int8:
         default = DSD_INT8_CONFIG if left else DDS_INT8_CONFIG
     elif left:
@@ -340,7 +235,7 @@ def _sparse_dense(
     if out.numel() == 0 or topology.capacity == 0:
         return out.to(torch.bfloat16).zero_()
     if on_hopper:
-        hopper_sparse_dense(
+        importlib.import_module("kernels.block_sparse_hopper").hopper_sparse_dense(
             values, dense, out, topology, left=left, over_rows=over_rows, dense_k_major=dense_is_nk or not left,
             row_scale_M=row_scale, column_scale_N=column_scale,
         )  # fmt: skip
@@ -349,7 +244,7 @@ def _sparse_dense(
         dense_tile = (config.block_m, config.block_k)
     else:
         dense_tile = (config.block_n, config.block_k) if dense_is_nk else (config.block_k, config.block_n)
-    _sparse_dense_kernel[(triton.cdiv(shape[0], config.block_m) * triton.cdiv(shape[1], config.block_n),)](
+    sparse_dense_kernel[(triton.cdiv(shape[0], config.block_m) * triton.cdiv(shape[1], config.block_n),)](
         descriptor(values, *((config.block_k, line_block) if over_rows else (line_block, config.block_k))),
         descriptor(dense, *dense_tile), out,
         topology.column_offsets if over_rows else topology.row_offsets,
@@ -371,6 +266,13 @@ def _sides(topology: Topology, *, sparse_left: bool, transposed: bool) -> tuple[
 
 def _sum_block(topology: Topology, over_rows: bool) -> int:
     return topology.block[0 if over_rows else 1]
+
+
+def _hopper_takes(topology: Topology, result_columns: int, operand: Tensor, over_rows: bool) -> bool:
+    """Whether `hopper_sparse_dense` has a form for these tiles and can write whole 16 bytes of bfloat16."""
+    line, summed = reversed(topology.block) if over_rows else topology.block
+    step = HOPPER_STEP_BYTES // operand.element_size()
+    return line == HOPPER_LINE and summed % step == 0 and result_columns % 8 == 0
 
 
 def _config(

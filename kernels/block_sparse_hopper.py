@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels.gemm_hopper import GROUP_M, STAGES, STEP_BYTES, WARPS, hopper_descriptor, tile_origin
+from kernels.gemm_hopper import GROUP_M, STAGES, STEP_BYTES, WARPS, hopper_descriptor, open_ring, tile_origin
 from kernels.launch import multiprocessors
 from kernels.topology import Topology
 
@@ -103,13 +103,9 @@ def _sdd_kernel(
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, 128, 256 // a_desc.dtype.primitive_bitwidth]
     )
-    a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES] + a_desc.block_type.shape, a_desc.layout)
-    left_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
+    a_ring, left_ring, ready = open_ring(a_desc, b_desc, STAGES)
     right_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
     c_tile = gl.allocate_shared_memory(values_desc.dtype, values_desc.block_type.shape, values_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
 
     first = gl.program_id(0)
     used = gl.load(used_ptr)
@@ -255,14 +251,8 @@ def _sparse_dense_kernel(
         warps_per_cta=[num_warps, 1],
         instr_shape=[16, WIDTH, 256 // sparse_desc.dtype.primitive_bitwidth],
     )
-    sparse_ring = gl.allocate_shared_memory(
-        sparse_desc.dtype, [STAGES] + sparse_desc.block_type.shape, sparse_desc.layout
-    )
-    dense_ring = gl.allocate_shared_memory(dense_desc.dtype, [STAGES] + dense_desc.block_type.shape, dense_desc.layout)
+    sparse_ring, dense_ring, ready = open_ring(sparse_desc, dense_desc, STAGES)
     c_tile = gl.allocate_shared_memory(c_desc.dtype, c_desc.block_type.shape, c_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
 
     tiles_m = gl.cdiv(m, BLOCK_M)
     tiles_n = gl.cdiv(n, BLOCK_N)
@@ -351,14 +341,3 @@ def hopper_sparse_dense(
         SCALES=row_scale_M is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP_M,
         STAGES=STAGES, PROGRAMS=programs, num_warps=WARPS, **options,
     )  # fmt: skip
-
-
-def takes_sdd(topology: Topology) -> bool:
-    """Whether `hopper_sdd` has a form for these tiles."""
-    return topology.block in ((LINE, 128), (LINE, 256))
-
-
-def takes_sum(topology: Topology, result_columns: int, operand: Tensor, over_rows: bool) -> bool:
-    """Whether `hopper_sparse_dense` has a form for these tiles and can write whole 16 bytes of bfloat16."""
-    line, summed = reversed(topology.block) if over_rows else topology.block
-    return line == LINE and summed % (STEP_BYTES // operand.element_size()) == 0 and result_columns % 8 == 0

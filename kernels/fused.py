@@ -28,7 +28,7 @@ from torch import Tensor
 from kernels.dispatch import Activation
 from kernels.launch import INTERPRETED, check_dtype, check_rows
 from kernels.sparsify import check_kept, quarters
-from kernels.sparsify_triton import load_quarter, quarter_tile, store_codes
+from kernels.sparsify_triton import load_quarter, quarter_tile, row_gamma, store_codes
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 MAX_FEATURES = 16384
@@ -109,7 +109,7 @@ def fuse_row(
         a2 = _normalized(a2, rstd, gain_ptr, index, quarter, features, 2, mask)
         a3 = _normalized(a3, rstd, gain_ptr, index, quarter, features, 3, mask)
     store_codes(
-        a0, a1, a2, a3, codes_ptr, scale_ptr, row, index, quarter, features, mask, kept,
+        a0, a1, a2, a3, row_gamma(a0, a1, a2, a3), codes_ptr, scale_ptr, row, index, quarter, features, mask, kept,
         SPARSE, BLOCK, True,
     )  # fmt: skip
 

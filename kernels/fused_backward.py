@@ -125,14 +125,47 @@ def _norm_store(
 
 
 @triton.jit
+def norm_row(
+    grad_row, x_row, gain_ptr, out_row, rstd, features, column0, column1, column2, column3,
+    dgain0, dgain1, dgain2, dgain3, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """Write the input gradient of one row, and return the four pieces of dgain with its part added.
+
+    A row is read twice, the second time from the first-level cache: holding it in registers beside dgain would spill.
+    """
+    sum0, dot0 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column0, ACTIVATION)
+    sum1, dot1 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column1, ACTIVATION)
+    sum2, dot2 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column2, ACTIVATION)
+    sum3, dot3 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column3, ACTIVATION)
+    dgain0 += sum0
+    dgain1 += sum1
+    dgain2 += sum2
+    dgain3 += sum3
+    mean = tl.sum((dot0 + dot1) + (dot2 + dot3), axis=0) / features
+    _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column0, ACTIVATION)
+    _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column1, ACTIVATION)
+    _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column2, ACTIVATION)
+    _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column3, ACTIVATION)
+    return dgain0, dgain1, dgain2, dgain3
+
+
+@triton.jit
+def store_pieces(
+    line_ptr, features, column0, column1, column2, column3, piece0, piece1, piece2, piece3
+):  # fmt: skip
+    """Four pieces of columns to one line."""
+    tl.store(line_ptr + column0, piece0, mask=column0 < features)
+    tl.store(line_ptr + column1, piece1, mask=column1 < features)
+    tl.store(line_ptr + column2, piece2, mask=column2 < features)
+    tl.store(line_ptr + column3, piece3, mask=column3 < features)
+
+
+@triton.jit
 def _norm_kernel(
     grad_ptr, x_ptr, gain_ptr, rstd_ptr, out_ptr, partial_ptr, num_rows, grad_stride, x_stride, features,
     BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """Rows p, p + P, p + 2 P, ... of program p, each in four pieces of BLOCK columns.
-
-    A row is read twice, the second time from the first-level cache: holding it in registers beside dgain would spill.
-    """
+    """Rows p, p + P, p + 2 P, ... of program p, each in four pieces of BLOCK columns."""
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     column0 = tl.arange(0, BLOCK)
@@ -142,30 +175,13 @@ def _norm_kernel(
     dgain1, dgain2, dgain3 = dgain0, dgain0, dgain0
     for step in range(tl.cdiv(num_rows - tl.program_id(0), programs)):
         row = program + step * programs
-        grad_row, x_row, out_row = (
-            grad_ptr + row * grad_stride,
-            x_ptr + row * x_stride,
-            out_ptr + row * features * halves,
-        )
-        rstd = tl.load(rstd_ptr + row)
-        sum0, dot0 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column0, ACTIVATION)
-        sum1, dot1 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column1, ACTIVATION)
-        sum2, dot2 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column2, ACTIVATION)
-        sum3, dot3 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column3, ACTIVATION)
-        dgain0 += sum0
-        dgain1 += sum1
-        dgain2 += sum2
-        dgain3 += sum3
-        mean = tl.sum((dot0 + dot1) + (dot2 + dot3), axis=0) / features
-        _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column0, ACTIVATION)
-        _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column1, ACTIVATION)
-        _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column2, ACTIVATION)
-        _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column3, ACTIVATION)
+        dgain0, dgain1, dgain2, dgain3 = norm_row(
+            grad_ptr + row * grad_stride, x_ptr + row * x_stride, gain_ptr, out_ptr + row * features * halves,
+            tl.load(rstd_ptr + row), features, column0, column1, column2, column3,
+            dgain0, dgain1, dgain2, dgain3, ACTIVATION,
+        )  # fmt: skip
     partial_row = partial_ptr + program * features
-    tl.store(partial_row + column0, dgain0, mask=column0 < features)
-    tl.store(partial_row + column1, dgain1, mask=column1 < features)
-    tl.store(partial_row + column2, dgain2, mask=column2 < features)
-    tl.store(partial_row + column3, dgain3, mask=column3 < features)
+    store_pieces(partial_row, features, column0, column1, column2, column3, dgain0, dgain1, dgain2, dgain3)
 
 
 def backward(
@@ -233,7 +249,7 @@ def _launch_norm(
     partial = torch.empty((programs, features), dtype=torch.float32, device=rows.device)
     _norm_kernel[(programs,)](
         grad, rows, gain, rstd, dx, partial, rows.shape[0], grad.stride(0), rows.stride(0), features,
-        BLOCK=_piece(features), ACTIVATION=activation or "",
+        BLOCK=row_piece(features), ACTIVATION=activation or "",
         num_warps=launch.num_warps, maxnreg=None if INTERPRETED else launch.registers,
     )  # fmt: skip
     return partial
@@ -241,11 +257,11 @@ def _launch_norm(
 
 def norm_launch(features: int) -> NormLaunch:
     """16 features per thread, and 32 warps on a multiprocessor, which leaves each thread 64 registers."""
-    warps = max(1, min(32, _piece(features) // 128))
+    warps = max(1, min(32, row_piece(features) // 128))
     return NormLaunch(warps, 32 // warps, 64)
 
 
-def _piece(features: int) -> int:
+def row_piece(features: int) -> int:
     """A quarter of a row, rounded up to a power of two."""
     return next_power_of_2(cdiv(features, 4))
 

@@ -45,6 +45,17 @@ def tile_origin(tile, tiles_m, tiles_n, BLOCK_M: gl.constexpr, BLOCK_N: gl.const
 
 
 @gluon.jit
+def open_ring(a_desc, b_desc, STAGES: gl.constexpr):
+    """(slots of A, slots of B, a barrier per slot) of a ring with room for STAGES steps."""
+    a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES] + a_desc.block_type.shape, a_desc.layout)
+    b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+    return a_ring, b_ring, ready
+
+
+@gluon.jit
 def _load_step(
     a_desc, b_desc, row, column, k, a_slot, b_slot, ready, wanted,
     A_K_MAJOR: gl.constexpr, B_K_MAJOR: gl.constexpr,
@@ -79,11 +90,7 @@ def _hopper_gemm_kernel(
         warps_per_cta=[num_warps, 1],
         instr_shape=[16, WIDTH, 256 // a_desc.dtype.primitive_bitwidth],
     )
-    a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES] + a_desc.block_type.shape, a_desc.layout)
-    b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
+    a_ring, b_ring, ready = open_ring(a_desc, b_desc, STAGES)
     if not FLOAT32:
         c_tile = gl.allocate_shared_memory(c_desc.dtype, c_desc.block_type.shape, c_desc.layout)
 

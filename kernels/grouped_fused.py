@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.dispatch import Activation
 from kernels.fused import MAX_FEATURES, Sparsified, check_input, fuse_row, fused_options
-from kernels.fused_backward import _norm_store, _norm_sums, _piece, norm_launch
+from kernels.fused_backward import norm_launch, norm_row, row_piece, store_pieces
 from kernels.grouped_gradients import expert_of
 from kernels.launch import INTERPRETED, check_rows, multiprocessors
 from kernels.sparsify import check_kept, quarters
@@ -69,28 +69,14 @@ def _backward_kernel(
         start = tl.maximum(tl.load(offsets_E1 + expert), begin)
         end = tl.minimum(tl.load(offsets_E1 + expert + 1), stop)
         for token in range(loop_bound(start, INTERPRET), loop_bound(end, INTERPRET)):
-            grad_row = grad_ptr + (token - begin) * grad_stride
-            x_row = x_ptr + (token - begin) * x_stride
-            out_row = out_ptr + (token - begin) * features * halves
-            rstd = tl.load(rstd_ptr + token)
-            sum0, dot0 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column0, ACTIVATION)
-            sum1, dot1 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column1, ACTIVATION)
-            sum2, dot2 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column2, ACTIVATION)
-            sum3, dot3 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column3, ACTIVATION)
-            dgain0 += sum0
-            dgain1 += sum1
-            dgain2 += sum2
-            dgain3 += sum3
-            mean = tl.sum((dot0 + dot1) + (dot2 + dot3), axis=0) / features
-            _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column0, ACTIVATION)
-            _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column1, ACTIVATION)
-            _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column2, ACTIVATION)
-            _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column3, ACTIVATION)
-        line = partial_LF + (program + expert) * features
-        tl.store(line + column0, dgain0, mask=column0 < features)
-        tl.store(line + column1, dgain1, mask=column1 < features)
-        tl.store(line + column2, dgain2, mask=column2 < features)
-        tl.store(line + column3, dgain3, mask=column3 < features)
+            at = token - begin
+            dgain0, dgain1, dgain2, dgain3 = norm_row(
+                grad_ptr + at * grad_stride, x_ptr + at * x_stride, gain_ptr, out_ptr + at * features * halves,
+                tl.load(rstd_ptr + token), features, column0, column1, column2, column3,
+                dgain0, dgain1, dgain2, dgain3, ACTIVATION,
+            )  # fmt: skip
+        line_ptr = partial_LF + (program + expert) * features
+        store_pieces(line_ptr, features, column0, column1, column2, column3, dgain0, dgain1, dgain2, dgain3)
 
 
 @triton.jit
@@ -183,7 +169,7 @@ def backward(
     partial = torch.empty(programs + E, features, dtype=torch.float32, device=x.device)
     _backward_kernel[(programs,)](
         grads, rows, gain_EF, rstd, offsets, dx, partial, len(rows), run, grads.stride(0), rows.stride(0), features,
-        E=E, EXPERTS=triton.next_power_of_2(E), BLOCK=_piece(features), ACTIVATION=activation or "",
+        E=E, EXPERTS=triton.next_power_of_2(E), BLOCK=row_piece(features), ACTIVATION=activation or "",
         INTERPRET=INTERPRETED, num_warps=launch.num_warps, maxnreg=None if INTERPRETED else launch.registers,
     )  # fmt: skip
     dgain = torch.empty(gain_EF.shape, dtype=stored_dtype(gain_EF.dtype), device=x.device)

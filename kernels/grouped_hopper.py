@@ -30,12 +30,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.gemm_hopper import hopper_descriptor, open_ring
 from kernels.launch import multiprocessors
 from kernels.tile_launch import HOPPER_STEP_BYTES, HopperTile
-
-_GL_TYPES = {torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.bfloat16: gl.bfloat16}
 
 
 @gluon.jit
@@ -179,11 +177,7 @@ def _grouped_kernel(
         warps_per_cta=[num_warps, 1],
         instr_shape=[16, WIDTH, 256 // a_desc.dtype.primitive_bitwidth],
     )
-    a_ring = gl.allocate_shared_memory(a_desc.dtype, [STAGES] + a_desc.block_type.shape, a_desc.layout)
-    b_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
+    a_ring, b_ring, ready = open_ring(a_desc, b_desc, STAGES)
     if not DIRECT:
         c_tile = gl.allocate_shared_memory(c_desc.dtype, c_desc.block_type.shape, c_desc.layout)
 
@@ -323,16 +317,11 @@ def _launch(
     programs = multiprocessors(a.device) * tile.programs_per_sm  # whatever the counts: one compilation
     through_tma = c.dtype == torch.bfloat16
     _grouped_kernel[(programs,)](
-        _descriptor(a, tile.block_m, block_k),
-        _descriptor(b, tile.block_n, block_k) if options["B_K_MAJOR"] else _descriptor(b, block_k, tile.block_n),
-        _descriptor(c, tile.block_m, tile.block_n // 2) if through_tma else None,
+        hopper_descriptor(a, (tile.block_m, block_k)),
+        hopper_descriptor(b, (tile.block_n, block_k) if options["B_K_MAJOR"] else (block_k, tile.block_n)),
+        hopper_descriptor(c, (tile.block_m, tile.block_n // 2)) if through_tma else None,
         c, offsets, row_scale, scale, offsets.shape[0] - 1, *sizes,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=block_k, GROUP_M=tile.group_m, STAGES=tile.stages,
         ROW_SCALE=row_scale is not None, PARTS=1 if scale is None else scale.shape[1],
         PROGRAMS=programs, num_warps=tile.warps, **options,
     )  # fmt: skip
-
-
-def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
-    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], _GL_TYPES[matrix.dtype])
-    return TensorDescriptor.from_tensor(matrix, [rows, columns], layout)

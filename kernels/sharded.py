@@ -29,9 +29,9 @@ from kernels.sparsify_triton import (
     code_multiplier,
     larger,
     load_quarter,
-    pack_codes,
+    quarter_tile,
     row_scale,
-    store_largest,
+    store_codes,
 )
 
 MAX_FEATURES = 16384
@@ -100,21 +100,16 @@ def _local_kernel(
 ):  # fmt: skip
     """`sparsify._sparsify_kernel` under a given max|x|."""
     row = tl.program_id(0).to(tl.int64)
-    line = tl.arange(0, ROWS)[:, None]
-    column = tl.arange(0, COLUMNS)[None, :]
-    width: tl.constexpr = BLOCK if BLOCK > 0 else COLUMNS
-    index = line * width + column
-    mask = (index < quarter) & (column < width)
+    index, mask = quarter_tile(quarter, ROWS, COLUMNS, BLOCK)
     x_row = x_ptr + row * row_stride
     x0 = load_quarter(x_row, index, quarter, features, 0, mask)
     x1 = load_quarter(x_row, index, quarter, features, 1, mask)
     x2 = load_quarter(x_row, index, quarter, features, 2, mask)
     x3 = load_quarter(x_row, index, quarter, features, 3, mask)
-    gamma = tl.load(gamma_ptr + row)
-    scale = row_scale(gamma)
-    tl.store(scale_ptr + row, scale)
-    codes = pack_codes(x0, x1, x2, x3, gamma, scale, FACTOR)
-    store_largest(codes, codes_ptr + row * features, index, quarter, features, mask, kept, SPARSE, BLOCK)
+    store_codes(
+        x0, x1, x2, x3, tl.load(gamma_ptr + row), codes_ptr, scale_ptr, row, index, quarter, features, mask, kept,
+        SPARSE, BLOCK, FACTOR,
+    )  # fmt: skip
 
 
 def row_absmax(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.launch import cdiv, check_rows, next_power_of_2, row_options
-from kernels.sparsify_triton import load_quarter, quarter_tile, store_codes
+from kernels.sparsify_triton import load_quarter, quarter_tile, row_gamma, store_codes
 
 MAX_FEATURES = 65536
 MAX_BLOCK = 64
@@ -35,7 +35,7 @@ def _sparsify_kernel(
     x2 = load_quarter(x_row, index, quarter, features, 2, mask)
     x3 = load_quarter(x_row, index, quarter, features, 3, mask)
     store_codes(
-        x0, x1, x2, x3, codes_ptr, scale_ptr, row, index, quarter, features, mask, kept,
+        x0, x1, x2, x3, row_gamma(x0, x1, x2, x3), codes_ptr, scale_ptr, row, index, quarter, features, mask, kept,
         SPARSE, BLOCK, FACTOR,
     )  # fmt: skip
 

@@ -196,11 +196,10 @@ def store_largest(
 
 @triton.jit
 def store_codes(
-    x0, x1, x2, x3, codes_ptr, scale_ptr, row, index, quarter, features, mask, kept,
+    x0, x1, x2, x3, gamma, codes_ptr, scale_ptr, row, index, quarter, features, mask, kept,
     SPARSE: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """Scale and sparse codes of a row, given its four quarters."""
-    gamma = row_gamma(x0, x1, x2, x3)
+    """Scale and sparse codes of a row, given its four quarters and the max|x| that they are scaled by."""
     scale = row_scale(gamma)
     tl.store(scale_ptr + row, scale)
     codes = pack_codes(x0, x1, x2, x3, gamma, scale, FACTOR)
