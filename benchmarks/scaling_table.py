@@ -123,7 +123,7 @@ def traffic(found: dict[int, Estimate]) -> str:
 
 
 def savings(best: dict[str, dict[int, Estimate]]) -> str:
-    """What 8-bit activations save, and 2-bit parameters would."""
+    """What 8-bit activations save, and with them 2-bit parameters."""
     rows = []
     for name, found in best.items():
         for gpus in sorted(found.keys() & DRAWN):
@@ -133,7 +133,7 @@ def savings(best: dict[str, dict[int, Estimate]]) -> str:
             rows.append(
                 [f"{name}, {gpus:,}", *sizes[:2], f"{1 - sent / bf16:.1%}", sizes[2], f"{1 - small / bf16:.1%}"]
             )
-    head = ("MB per GPU and step", "all in bf16", "as the code sends", "saved", "and parameters in 2 bits", "saved")
+    head = ("MB per GPU and step", "all in bf16", "as the code sends", "saved", "with ternary_param_gather", "saved")
     return markdown_table(head, rows)
 
 

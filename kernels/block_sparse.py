@@ -51,7 +51,7 @@ DSD_INT8_CONFIG = TileConfig(128, 128, 128, num_warps=4, num_stages=5, persisten
 DDS_CONFIG = TileConfig(256, 128, 64, num_warps=8, num_stages=5, persistent=False)
 DDS_INT8_CONFIG = TileConfig(256, 128, 128, num_warps=8, num_stages=5, persistent=False)
 HOPPER_LINE = 128
-"""Rows (columns) of tiles along the result that `block_sparse_hopper` takes."""
+"""Rows (columns) of tiles along the result that `block_sparse_hopper` and its `_sdd` take."""
 HOPPER_SDD_TILES = ((HOPPER_LINE, 128), (HOPPER_LINE, 256))
 _SMALLEST_INT8_STEP = 32
 """Features per step that one int8 instruction of the tensor cores sums."""
@@ -105,7 +105,7 @@ def sdd(
     config = _config(config, default, a_MK.dtype, block_m=topology.block[0], block_n=topology.block[1])
     values = torch.empty(topology.capacity, *topology.block, dtype=stored_dtype(torch.bfloat16), device=a_MK.device)
     if topology.capacity and on_hopper:
-        importlib.import_module("kernels.block_sparse_hopper").hopper_sdd(
+        importlib.import_module("kernels.block_sparse_hopper_sdd").hopper_sdd(
             a_MK, b, values, topology, b_k_major=transposed, a_scale_M=a_scale_M, b_scale_N=b_scale_N
         )
     elif topology.capacity:

@@ -1,15 +1,13 @@
-"""The block-sparse products for Hopper (sm_90a), with the tensor core instructions placed by hand (Gluon).
+"""dsd and dds for Hopper (sm_90a), with the tensor core instructions placed by hand (Gluon).
 
-    sdd         S = a_scale b_scale (A B) at the tiles of a topology
-    dsd, dds    C = row_scale column_scale (S B), S^T B, A S or A S^T
+    C = row_scale column_scale (S B), S^T B, A S or A S^T
 
 The engine is `gemm_hopper`'s: one step of the products is always in flight, and the ring of shared-memory slots runs on
-across output tiles.  What the topology adds are the corners from which slots are filled, a few integers per step that
-are read one step ahead.
+across output tiles.  What the topology adds are the corners from which slots are filled: a few integers per step that
+are read one step, and per line of tiles one line, ahead.  A program joins 256 columns or rows of the dense operand.
 
-A tile of 128 x 128 reads too much for what it multiplies, so a program of sdd computes two tiles of one row of tiles,
-wherever their columns are, from one copy of A; a row with an odd number of tiles computes its last one twice.  dsd and
-dds join 256 columns or rows of the dense operand.
+Lines differ in length, and every program has a few output tiles only.  So they are dealt out longest first, forth and
+back (`_place`); a counter that programs draw from would balance as well, but has to be zeroed and waited for.
 """
 
 from typing import Any
@@ -17,15 +15,10 @@ from typing import Any
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from kernels.gemm_hopper import GROUP_M, STAGES, STEP_BYTES, WARPS, hopper_descriptor, open_ring, tile_origin
+from kernels.block_sparse_hopper_store import halves, nothing_waits, scales, send_waiting
+from kernels.gemm_hopper import STAGES, STEP_BYTES, WARPS, hopper_descriptor, open_ring, tile_origin
 from kernels.launch import multiprocessors
 from kernels.topology import Topology
 
@@ -33,183 +26,54 @@ LINE = 128
 """Rows (columns) of the sparse operand's tiles along the result."""
 WIDE = 256
 """Columns (rows) of the result that a program of dsd (dds) computes."""
+GROUP_LINES = 16
+"""Lines of tiles that advance together through the dense operand's columns (rows), which they share in the cache."""
 
 
 @gluon.jit
-def _pair(task, tasks, used, pairs_ptr, rows_ptr, columns_ptr, COLUMNS: gl.constexpr):
-    """(first tile, row, two columns of 128, whether the second counts) of a task of sdd."""
-    at = gl.maximum(gl.minimum(task, tasks - 1), 0)
-    if COLUMNS == 128:
-        tile = gl.load(pairs_ptr + at)
-        row = gl.load(rows_ptr + tile)
-        other = gl.maximum(gl.minimum(tile + 1, used - 1), 0)
-        both = (other > tile) & (gl.load(rows_ptr + other) == row)
-        left = gl.load(columns_ptr + tile) * COLUMNS
-        right = gl.where(both, gl.load(columns_ptr + other) * COLUMNS, left)
-    else:
-        tile = at
-        row = gl.load(rows_ptr + tile)
-        both = tile >= 0
-        left = gl.load(columns_ptr + tile) * COLUMNS
-        right = left + 128
-    return tile, row * 128, left, right, both
+def _place(turn, PROGRAMS: gl.constexpr):
+    """The tile of this program's turn: every other turn deals backwards, so a long line is followed by a short one."""
+    program = gl.program_id(0)
+    return turn * PROGRAMS + gl.where(turn % 2 == 0, program, PROGRAMS - 1 - program)
 
 
 @gluon.jit
-def _load_pair(
-    a_desc, b_desc, row, left, right, k, a_slot, left_slot, right_slot, ready, wanted, B_K_MAJOR: gl.constexpr
-):  # fmt: skip
-    mbarrier.expect(ready, a_desc.block_type.nbytes + 2 * b_desc.block_type.nbytes, pred=wanted)
-    tma.async_copy_global_to_shared(a_desc, [row, k], ready, a_slot, pred=wanted)
-    if B_K_MAJOR:
-        tma.async_copy_global_to_shared(b_desc, [left, k], ready, left_slot, pred=wanted)
-        tma.async_copy_global_to_shared(b_desc, [right, k], ready, right_slot, pred=wanted)
-    else:
-        tma.async_copy_global_to_shared(b_desc, [k, left], ready, left_slot, pred=wanted)
-        tma.async_copy_global_to_shared(b_desc, [k, right], ready, right_slot, pred=wanted)
+def _turns(tiles, PROGRAMS: gl.constexpr):
+    """Tiles of this program."""
+    full = tiles // PROGRAMS
+    return full + (_place(full, PROGRAMS) < tiles).to(gl.int32)
 
 
 @gluon.jit
-def _scaled(acc, row_scale_ptr, column_scale_ptr, row, column, m, n, SCALES: gl.constexpr, layout: gl.constexpr):
-    """The sums [BM, BN] as float32, times both scales."""
-    values = acc.to(gl.float32)
-    if SCALES:
-        rows = row + gl.arange(0, acc.shape[0], layout=gl.SliceLayout(1, layout))
-        columns = column + gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, layout))
-        row_scale = gl.load(row_scale_ptr + rows, mask=rows < m, other=0.0).expand_dims(1)
-        column_scale = gl.load(column_scale_ptr + columns, mask=columns < n, other=0.0).expand_dims(0)
-        values *= row_scale * column_scale
-    return values
+def _visit(turn, lines_ptr, lines, tiles_across, ACROSS: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr):
+    """(line of tiles, its first entry, its number of entries, the place on the dense side) of a turn."""
+    tile = gl.minimum(_place(turn, PROGRAMS), lines * tiles_across - 1)
+    at, across = tile_origin(tile, lines, tiles_across, 1, ACROSS, GROUP)
+    line = gl.load(lines_ptr + at)
+    return line, gl.load(lines_ptr + lines + at), gl.load(lines_ptr + 2 * lines + at), across
 
 
 @gluon.jit
-def _send(values, c_desc, c_tile, row, column):
-    """Through shared memory to the result."""
-    tma.store_wait(0)
-    c_tile.store(values.to(c_desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(c_desc, [row, column], c_tile)
-
-
-@gluon.jit
-def _sdd_kernel(
-    a_desc, b_desc, values_desc, used_ptr, num_pairs_ptr, pairs_ptr, rows_ptr, columns_ptr,
-    a_scale_ptr, b_scale_ptr, m, n, k,
-    BLOCK_K: gl.constexpr, COLUMNS: gl.constexpr, B_K_MAJOR: gl.constexpr, SCALES: gl.constexpr,
-    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
-    """Two tiles [128, 128] per task, or with COLUMNS = 256 the halves of one; results go to rows of `values_desc`."""
-    ACC: gl.constexpr = gl.int32 if a_desc.dtype == gl.int8 else gl.float32
-    layout: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[num_warps, 1], instr_shape=[16, 128, 256 // a_desc.dtype.primitive_bitwidth]
-    )
-    a_ring, left_ring, ready = open_ring(a_desc, b_desc, STAGES)
-    right_ring = gl.allocate_shared_memory(b_desc.dtype, [STAGES] + b_desc.block_type.shape, b_desc.layout)
-    c_tile = gl.allocate_shared_memory(values_desc.dtype, values_desc.block_type.shape, values_desc.layout)
-
-    first = gl.program_id(0)
-    used = gl.load(used_ptr)
-    tasks = gl.load(num_pairs_ptr) if COLUMNS == 128 else used
-    steps = gl.cdiv(k, BLOCK_K)
-    total = gl.cdiv(tasks - first, PROGRAMS) * steps
-    next_task = first
-    next_k = first * 0
-    _, row, left, right, _ = _pair(next_task, tasks, used, pairs_ptr, rows_ptr, columns_ptr, COLUMNS)
-    for i in gl.static_range(STAGES - 1):
-        _load_pair(
-            a_desc, b_desc, row, left, right, next_k, a_ring.index(i), left_ring.index(i), right_ring.index(i),
-            ready.index(i), i < total, B_K_MAJOR,
-        )  # fmt: skip
-        next_k += BLOCK_K
-        if next_k >= k:
-            next_k = first * 0
-            next_task += PROGRAMS
-            _, row, left, right, _ = _pair(next_task, tasks, used, pairs_ptr, rows_ptr, columns_ptr, COLUMNS)
-
-    done = 0
-    for task in range(first, tasks, PROGRAMS):
-        left_acc = gl.zeros((128, 128), ACC, layout)
-        right_acc = gl.zeros((128, 128), ACC, layout)
-        for step in range(steps):
-            slot = done % STAGES
-            mbarrier.wait(ready.index(slot), (done // STAGES) & 1)
-            left_b = left_ring.index(slot)
-            right_b = right_ring.index(slot)
-            if B_K_MAJOR:
-                left_b = left_b.permute((1, 0))
-                right_b = right_b.permute((1, 0))
-            left_acc = warpgroup_mma(a_ring.index(slot), left_b, left_acc, use_acc=step > 0, is_async=True)
-            right_acc = warpgroup_mma(a_ring.index(slot), right_b, right_acc, use_acc=step > 0, is_async=True)
-            left_acc, right_acc = warpgroup_mma_wait(2, deps=(left_acc, right_acc))  # the step before left its slot
-            coming = done + STAGES - 1
-            free = coming % STAGES
-            _load_pair(
-                a_desc, b_desc, row, left, right, next_k, a_ring.index(free), left_ring.index(free),
-                right_ring.index(free), ready.index(free), coming < total, B_K_MAJOR,
-            )  # fmt: skip
-            done += 1
-            next_k += BLOCK_K
-            if next_k >= k:
-                next_k = first * 0
-                next_task += PROGRAMS
-                _, row, left, right, _ = _pair(next_task, tasks, used, pairs_ptr, rows_ptr, columns_ptr, COLUMNS)
-        left_acc, right_acc = warpgroup_mma_wait(0, deps=(left_acc, right_acc))
-
-        tile, at, at_left, at_right, second = _pair(task, tasks, used, pairs_ptr, rows_ptr, columns_ptr, COLUMNS)
-        values = _scaled(left_acc, a_scale_ptr, b_scale_ptr, at, at_left, m, n, SCALES, layout)
-        _send(values, values_desc, c_tile, tile * 128, 0)
-        if second:
-            values = _scaled(right_acc, a_scale_ptr, b_scale_ptr, at, at_right, m, n, SCALES, layout)
-            if COLUMNS == 128:
-                _send(values, values_desc, c_tile, tile * 128 + 128, 0)
-            else:
-                _send(values, values_desc, c_tile, tile * 128, 128)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def _seek(
-    offsets_ptr, tile, tiles_m, tiles_n,
-    SPARSE_LEFT: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
-    PROGRAMS: gl.constexpr,
-):  # fmt: skip
-    """(tile, its first stored tile, the end of those, its place on the dense side) of the next tile with a sum."""
-    total = tiles_m * tiles_n
-    row, column = tile_origin(gl.minimum(tile, total - 1), tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
-    line = row // BLOCK_M if SPARSE_LEFT else column // BLOCK_N
-    entry = gl.load(offsets_ptr + line)
-    last = gl.load(offsets_ptr + line + 1)
-    while (tile < total) & (entry == last):
-        tile += PROGRAMS
-        row, column = tile_origin(gl.minimum(tile, total - 1), tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
-        line = row // BLOCK_M if SPARSE_LEFT else column // BLOCK_N
-        entry = gl.load(offsets_ptr + line)
-        last = gl.load(offsets_ptr + line + 1)
-    return tile, entry, last, (column if SPARSE_LEFT else row)
-
-
-@gluon.jit
-def _stored(order_ptr, sum_blocks_ptr, entry, capacity, SUM_OVER_ROWS: gl.constexpr):
-    """(which stored tile, which block of the sum) an entry of the topology's index is."""
-    at = gl.minimum(entry, capacity - 1)
+def _stored(order_ptr, sum_blocks_ptr, entry, capacity, sum_blocks, SUM_OVER_ROWS: gl.constexpr):
+    """(which stored tile, which block of the sum) an entry of the topology's index is; past the last one, zeros."""
+    inside = entry < capacity
     if SUM_OVER_ROWS:
-        source = gl.load(order_ptr + at)
+        source = gl.load(order_ptr + entry, mask=inside, other=capacity)
     else:
-        source = at
-    return source, gl.load(sum_blocks_ptr + at)
+        source = entry
+    return source, gl.load(sum_blocks_ptr + entry, mask=inside, other=sum_blocks)
 
 
 @gluon.jit
 def _load_sum_step(
-    position, sparse_desc, dense_desc, sparse_slot, dense_slot, ready, offsets_ptr, sum_blocks_ptr, order_ptr,
-    capacity, tiles_m, tiles_n,
-    SPARSE_LEFT: gl.constexpr, SUM_OVER_ROWS: gl.constexpr, DENSE_K_MAJOR: gl.constexpr, VALUE_ROWS: gl.constexpr,
-    SUM_BLOCK: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr,
-    GROUP_M: gl.constexpr, PROGRAMS: gl.constexpr,
+    position, sparse_desc, dense_desc, sparse_slot, dense_slot, ready, turns, lines_ptr, sum_blocks_ptr, order_ptr,
+    capacity, lines, tiles_across, sum_blocks,
+    SUM_OVER_ROWS: gl.constexpr, DENSE_K_MAJOR: gl.constexpr, VALUE_ROWS: gl.constexpr,
+    SUM_BLOCK: gl.constexpr, ACROSS: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
     """Start the copies of one step, if there is one left, and return the position after it."""
-    tile, entry, last, dense_at, source, block, within = position
-    wanted = tile < tiles_m * tiles_n
+    turn, entry, left, across, source, block, within, next_entry, next_left, next_across = position
+    wanted = turn < turns
     mbarrier.expect(ready, sparse_desc.block_type.nbytes + dense_desc.block_type.nbytes, pred=wanted)
     if SUM_OVER_ROWS:
         corner = [source * VALUE_ROWS + within, source * 0]
@@ -218,34 +82,40 @@ def _load_sum_step(
     tma.async_copy_global_to_shared(sparse_desc, corner, ready, sparse_slot, pred=wanted)
     k = block * SUM_BLOCK + within
     if DENSE_K_MAJOR:
-        tma.async_copy_global_to_shared(dense_desc, [dense_at, k], ready, dense_slot, pred=wanted)
+        tma.async_copy_global_to_shared(dense_desc, [across, k], ready, dense_slot, pred=wanted)
     else:
-        tma.async_copy_global_to_shared(dense_desc, [k, dense_at], ready, dense_slot, pred=wanted)
+        tma.async_copy_global_to_shared(dense_desc, [k, across], ready, dense_slot, pred=wanted)
     within += BLOCK_K
     if within == SUM_BLOCK:
         within = source * 0
         entry += 1
-        if entry == last:
-            tile, entry, last, dense_at = _seek(
-                offsets_ptr, tile + PROGRAMS, tiles_m, tiles_n, SPARSE_LEFT, BLOCK_M, BLOCK_N, GROUP_M, PROGRAMS
+        left -= 1
+        if left == 0:
+            turn += 1
+            entry = next_entry
+            left = next_left
+            across = next_across
+            _, next_entry, next_left, next_across = _visit(
+                turn + 1, lines_ptr, lines, tiles_across, ACROSS, GROUP, PROGRAMS
             )
-        source, block = _stored(order_ptr, sum_blocks_ptr, entry, capacity, SUM_OVER_ROWS)
-    return tile, entry, last, dense_at, source, block, within
+        source, block = _stored(order_ptr, sum_blocks_ptr, entry, capacity, sum_blocks, SUM_OVER_ROWS)
+    return turn, entry, left, across, source, block, within, next_entry, next_left, next_across
 
 
 @gluon.jit
 def _sparse_dense_kernel(
-    sparse_desc, dense_desc, c_desc, offsets_ptr, sum_blocks_ptr, order_ptr, row_scale_ptr, column_scale_ptr,
-    m, n, capacity,
+    sparse_desc, dense_desc, c_desc, lines_ptr, sum_blocks_ptr, order_ptr, row_scale_ptr, column_scale_ptr,
+    m, n, capacity, lines, sum_blocks,
     SPARSE_LEFT: gl.constexpr, SUM_OVER_ROWS: gl.constexpr, DENSE_K_MAJOR: gl.constexpr, VALUE_ROWS: gl.constexpr,
     SUM_BLOCK: gl.constexpr, SCALES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    BLOCK_K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
     """C = S dense (SPARSE_LEFT) or dense S; the sum walks the rows or the columns of the stored tiles."""
     INTEGER: gl.constexpr = sparse_desc.dtype == gl.int8
     ACC: gl.constexpr = gl.int32 if INTEGER else gl.float32
     WIDTH: gl.constexpr = 128 if INTEGER else BLOCK_N  # see `gemm_hopper`
+    ACROSS: gl.constexpr = BLOCK_N if SPARSE_LEFT else BLOCK_M
     layout: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0],
         warps_per_cta=[num_warps, 1],
@@ -254,27 +124,25 @@ def _sparse_dense_kernel(
     sparse_ring, dense_ring, ready = open_ring(sparse_desc, dense_desc, STAGES)
     c_tile = gl.allocate_shared_memory(c_desc.dtype, c_desc.block_type.shape, c_desc.layout)
 
-    tiles_m = gl.cdiv(m, BLOCK_M)
-    tiles_n = gl.cdiv(n, BLOCK_N)
-    first_tile = gl.program_id(0)
-    start, entry, last, dense_at = _seek(
-        offsets_ptr, first_tile, tiles_m, tiles_n, SPARSE_LEFT, BLOCK_M, BLOCK_N, GROUP_M, PROGRAMS
-    )
-    source, block = _stored(order_ptr, sum_blocks_ptr, entry, capacity, SUM_OVER_ROWS)
-    coming = (start, entry, last, dense_at, source, block, source * 0)
+    tiles_across = gl.cdiv(n if SPARSE_LEFT else m, ACROSS)
+    turns = _turns(lines * tiles_across, PROGRAMS)
+    line, entry, entries, across = _visit(0, lines_ptr, lines, tiles_across, ACROSS, GROUP, PROGRAMS)
+    _, next_entry, next_left, next_across = _visit(1, lines_ptr, lines, tiles_across, ACROSS, GROUP, PROGRAMS)
+    source, block = _stored(order_ptr, sum_blocks_ptr, entry, capacity, sum_blocks, SUM_OVER_ROWS)
+    zero = line * 0
+    coming = (zero, entry, entries, across, source, block, zero, next_entry, next_left, next_across)
     for i in gl.static_range(STAGES - 1):
         coming = _load_sum_step(
             coming, sparse_desc, dense_desc, sparse_ring.index(i), dense_ring.index(i), ready.index(i),
-            offsets_ptr, sum_blocks_ptr, order_ptr, capacity, tiles_m, tiles_n, SPARSE_LEFT, SUM_OVER_ROWS,
-            DENSE_K_MAJOR, VALUE_ROWS, SUM_BLOCK, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, PROGRAMS,
+            turns, lines_ptr, sum_blocks_ptr, order_ptr, capacity, lines, tiles_across, sum_blocks, SUM_OVER_ROWS,
+            DENSE_K_MAJOR, VALUE_ROWS, SUM_BLOCK, ACROSS, BLOCK_K, GROUP, PROGRAMS,
         )  # fmt: skip
 
     done = 0
-    for tile in range(first_tile, tiles_m * tiles_n, PROGRAMS):
-        row, column = tile_origin(tile, tiles_m, tiles_n, BLOCK_M, BLOCK_N, GROUP_M)
-        line = row // BLOCK_M if SPARSE_LEFT else column // BLOCK_N
-        steps = (gl.load(offsets_ptr + line + 1) - gl.load(offsets_ptr + line)) * (SUM_BLOCK // BLOCK_K)
-        acc = gl.zeros((BLOCK_M, BLOCK_N), ACC, layout)
+    acc = gl.zeros((BLOCK_M, BLOCK_N), ACC, layout)
+    waiting = nothing_waits(zero, (BLOCK_M, BLOCK_N), layout)
+    for turn in range(turns):
+        steps = entries * (SUM_BLOCK // BLOCK_K)
         for step in range(steps):
             slot = done % STAGES
             mbarrier.wait(ready.index(slot), (done // STAGES) & 1)
@@ -289,35 +157,29 @@ def _sparse_dense_kernel(
             free = (done + STAGES - 1) % STAGES
             coming = _load_sum_step(
                 coming, sparse_desc, dense_desc, sparse_ring.index(free), dense_ring.index(free), ready.index(free),
-                offsets_ptr, sum_blocks_ptr, order_ptr, capacity, tiles_m, tiles_n, SPARSE_LEFT, SUM_OVER_ROWS,
-                DENSE_K_MAJOR, VALUE_ROWS, SUM_BLOCK, BLOCK_M, BLOCK_N, BLOCK_K, GROUP_M, PROGRAMS,
+                turns, lines_ptr, sum_blocks_ptr, order_ptr, capacity, lines, tiles_across, sum_blocks, SUM_OVER_ROWS,
+                DENSE_K_MAJOR, VALUE_ROWS, SUM_BLOCK, ACROSS, BLOCK_K, GROUP, PROGRAMS,
             )  # fmt: skip
+            send_waiting(waiting, step, steps, c_desc, c_tile)
             done += 1
+
+        # While the last step is multiplied: where this tile lies, its scales, and the next one.
+        row = line * BLOCK_M if SPARSE_LEFT else across
+        column = across if SPARSE_LEFT else line * BLOCK_N
+        line, _, entries, across = _visit(turn + 1, lines_ptr, lines, tiles_across, ACROSS, GROUP, PROGRAMS)
+        if SCALES:
+            rows = row + gl.arange(0, BLOCK_M, layout=gl.SliceLayout(1, layout))
+            columns = column + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, layout))
+            row_scale = scales(row_scale_ptr, rows, m).expand_dims(1)
+            column_scale = scales(column_scale_ptr, columns, n).expand_dims(0)
         acc = warpgroup_mma_wait(0, deps=(acc,))
-        values = _scaled(acc, row_scale_ptr, column_scale_ptr, row, column, m, n, SCALES, layout)
-        left, right = values.reshape([BLOCK_M, 2, BLOCK_N // 2]).permute(0, 2, 1).split()
-        _send(left, c_desc, c_tile, row, column)
-        _send(right, c_desc, c_tile, row, column + BLOCK_N // 2)
+        values = acc.to(gl.float32)
+        if SCALES:
+            values *= row_scale * column_scale
+        left, right = halves(values)
+        waiting = (left, row, column, steps > 0, right, row, column + BLOCK_N // 2, steps > 0)
+    send_waiting(waiting, 0, 1, c_desc, c_tile)
     tma.store_wait(0)
-
-
-def hopper_sdd(
-    a_MK: Tensor, b: Tensor, values: Tensor, topology: Topology, *,
-    b_k_major: bool, a_scale_M: Tensor | None, b_scale_N: Tensor | None,
-) -> None:  # fmt: skip
-    """Write `values` [capacity, 128, 128 or 256], bfloat16; arguments as checked by `block_sparse.sdd`."""
-    columns = topology.block[1]
-    block_k = STEP_BYTES // a_MK.element_size()
-    programs = multiprocessors(a_MK.device)
-    _sdd_kernel[(programs,)](
-        hopper_descriptor(a_MK, (LINE, block_k)),
-        hopper_descriptor(b, (128, block_k) if b_k_major else (block_k, 128)),
-        hopper_descriptor(values.view(-1, columns), (LINE, 128)),
-        topology.row_offsets[-1:], topology.num_pairs, topology.pairs, topology.rows, topology.columns,
-        a_scale_M, b_scale_N, a_MK.shape[0], b.shape[0 if b_k_major else 1], a_MK.shape[1],
-        BLOCK_K=block_k, COLUMNS=columns, B_K_MAJOR=b_k_major, SCALES=a_scale_M is not None,
-        STAGES=STAGES, PROGRAMS=programs, num_warps=WARPS,
-    )  # fmt: skip
 
 
 def hopper_sparse_dense(
@@ -329,15 +191,16 @@ def hopper_sparse_dense(
     block_m, block_n = (LINE, WIDE) if left else (WIDE, LINE)
     side = block_n if left else block_m
     programs = multiprocessors(values.device)
+    lines, sum_blocks = topology.grid[::-1] if over_rows else topology.grid
     options: dict[str, Any] = {"SPARSE_LEFT": left, "SUM_OVER_ROWS": over_rows, "DENSE_K_MAJOR": dense_k_major}
     _sparse_dense_kernel[(programs,)](
         hopper_descriptor(values.view(-1, topology.block[1]), (block_k, LINE) if over_rows else (LINE, block_k)),
         hopper_descriptor(dense, (side, block_k) if dense_k_major else (block_k, side)),
         hopper_descriptor(out_MN, (block_m, block_n // 2)),
-        topology.column_offsets if over_rows else topology.row_offsets,
+        topology.longest_columns if over_rows else topology.longest_rows,
         topology.rows_by_column if over_rows else topology.columns,
-        topology.order, row_scale_M, column_scale_N, *out_MN.shape, topology.capacity,
+        topology.order, row_scale_M, column_scale_N, *out_MN.shape, topology.capacity, lines, sum_blocks,
         VALUE_ROWS=topology.block[0], SUM_BLOCK=topology.block[0 if over_rows else 1],
-        SCALES=row_scale_M is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP_M=GROUP_M,
+        SCALES=row_scale_M is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, GROUP=GROUP_LINES,
         STAGES=STAGES, PROGRAMS=programs, num_warps=WARPS, **options,
     )  # fmt: skip

@@ -13,6 +13,7 @@ Shapes: T tokens, D input features, O output features.
 
 import importlib
 import importlib.util
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
@@ -34,6 +35,26 @@ class Backward(Protocol):
 
     def wgrad(self, x: Tensor, x_scale: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
         """dW [O,D], or None if it was added to `main_grad`."""
+
+
+@dataclass(frozen=True)
+class Expanded:
+    """A ternary weight as the exact backward pass multiplies by it: dX = scale (dY values)."""
+
+    values: Tensor
+    """bf16 [O,D], exactly -1, 0 and 1, or of a weight with several scales times their ratios to the largest."""
+    scale: Tensor
+    """float32 [1], the largest scale."""
+
+
+class Expander(Protocol):
+    """Makes what exact backward passes multiply by beforehand, once for all microbatches of an optimizer step."""
+
+    def takes(self, weight: Tensor) -> bool:
+        """Whether `Kernels.backward` uses it for ternary codes of this master weight [O,D]."""
+
+    def expand(self, codes: Tensor, scale: Tensor) -> Expanded:
+        """From int8 codes [O,D] and scales [O] or [1]."""
 
 
 class Fused(Protocol):
@@ -114,6 +135,8 @@ class Kernels(Protocol):
     """Passes of a row-parallel layer on several ranks; None: there are none."""
     sharded_norm: ShardedNorm | None
     """The norm in front of such a layer; None: there is none."""
+    expander: Expander | None
+    """What keeps ternary weights in bf16 for the backward pass; None: nothing does."""
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
         """int8 codes of the `kept` largest features (of each `block`; None: of the row) and scales [..., 1]."""
@@ -127,13 +150,28 @@ class Kernels(Protocol):
         """x_scale weight_scale (x weight^T); scales [..., 1] and [O] or [1], None for 1."""
 
     def backward(
-        self, grad: Tensor, weight: Tensor, *, weight_scale: Tensor | None, x_scale: Tensor | None, e4m3: bool
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        *,
+        weight_scale: Tensor | None,
+        x_scale: Tensor | None,
+        e4m3: bool,
+        expanded: Expanded | None = None,
     ) -> Backward:
-        """The backward products of dY [..., O]; with `e4m3` dY is rounded to 8 bits first."""
+        """The backward products of dY [..., O]; with `e4m3` dY is rounded to 8 bits first.
+
+        `expanded` is what the `expander` made of the weight and changes no bit of the results.
+        """
 
 
-def kernels_for(device: torch.device | str, choice: Choice = "auto") -> Kernels:
+def kernels_for(device: torch.device | str, choice: Choice = "auto", *, keep_bf16_weights: bool = False) -> Kernels:
     """The kernels for tensors on `device`; `auto`: Triton's on a GPU.
+
+    Args:
+        device: where the tensors are.
+        choice: which kernels.
+        keep_bf16_weights: Triton's offer an `Expander`; the reference multiplies by the codes and needs none.
 
     Raises:
         ValueError: Triton is asked for and this is no GPU, or Triton is not installed.
@@ -145,7 +183,7 @@ def kernels_for(device: torch.device | str, choice: Choice = "auto") -> Kernels:
         raise ValueError(f"run.kernels=triton needs a GPU, this run is on {device}: use run.kernels=auto")
     if importlib.util.find_spec("triton") is None:
         raise ValueError("Triton is not installed: pip install triton, or set run.kernels=reference (slow)")
-    return importlib.import_module("kernels.triton_kernels").TritonKernels()
+    return importlib.import_module("kernels.triton_kernels").TritonKernels(keep_bf16_weights=keep_bf16_weights)
 
 
 class ReferenceKernels:
@@ -154,6 +192,7 @@ class ReferenceKernels:
     fused: Fused | None = None
     sharded: Sharded | None = None
     sharded_norm: ShardedNorm | None = None
+    expander: Expander | None = None
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
         """See `Kernels.sparsify`."""
@@ -177,9 +216,16 @@ class ReferenceKernels:
         return reference.linear(x, weight, x_scale_T1=x_scale, weight_scale_O=weight_scale, dtype=dtype)
 
     def backward(
-        self, grad: Tensor, weight: Tensor, *, weight_scale: Tensor | None, x_scale: Tensor | None, e4m3: bool
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        *,
+        weight_scale: Tensor | None,
+        x_scale: Tensor | None,
+        e4m3: bool,
+        expanded: Expanded | None = None,
     ) -> Backward:
-        """See `Kernels.backward`."""
+        """See `Kernels.backward`; multiplies by the codes in any case."""
         if not e4m3:
             return ReferenceBackward(grad, weight, weight_scale)
         return ReferenceE4M3Backward(grad, weight, weight_scale, e4m3_scale(weight, x_scale))

@@ -26,12 +26,18 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import Activation
-from kernels.launch import INTERPRETED, check_dtype, check_rows
-from kernels.sparsify import check_kept, quarters
+from kernels.launch import check_dtype, check_rows
+from kernels.sparsify import Launches, check_kept, launch_options, quarters
 from kernels.sparsify_triton import load_quarter, quarter_tile, row_gamma, store_codes
+from kernels.words import nearest, widened
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 MAX_FEATURES = 16384
+LAUNCHES: Launches = {512: (1, 64), 1024: (2, 64), 2048: (4, 64), 4096: (8, 64)}
+NORM_LAUNCHES: Launches = {512: (1, 96), 1024: (2, 96), 2048: (4, 96), 4096: (8, 80)}
+"""Also of a gated squared ReLU."""
+SWIGLU_LAUNCHES: Launches = {512: (2, None), 1024: (4, None), 2048: (8, None), 4096: (16, 64)}
+"""The exponential wants 8 words per thread, everything else 16.  Measured on an H200."""
 GAINS = (torch.bfloat16, torch.float32)
 
 
@@ -49,7 +55,7 @@ class Sparsified(NamedTuple):
 @triton.jit
 def rounded(x):
     """To bf16 and back."""
-    return x.to(tl.bfloat16).to(tl.float32)
+    return widened(nearest(x))
 
 
 @triton.jit
@@ -62,10 +68,15 @@ def gate_value(gate, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _activation(gate, up, ACTIVATION: tl.constexpr):
+    value = gate_value(gate, ACTIVATION)
+    return value if ACTIVATION == "relu2" else rounded(value) * up
+
+
+@triton.jit
 def activated(gate, up, ACTIVATION: tl.constexpr):
     """The activation with torch's roundings; `up` is used by the gated ones only."""
-    value = rounded(gate_value(gate, ACTIVATION))
-    return value if ACTIVATION == "relu2" else rounded(value * up)
+    return rounded(_activation(gate, up, ACTIVATION))
 
 
 @triton.jit
@@ -79,13 +90,19 @@ def _input_quarter(
     up = value
     if ACTIVATION != "relu2":
         up = load_quarter(row_ptr + features, index, quarter, features, part, mask)
-    return activated(value, up, ACTIVATION)
+    return nearest(_activation(widened(value), widened(up), ACTIVATION))
 
 
 @triton.jit
 def _normalized(a, rstd, gain_ptr, index, quarter, features, part: tl.constexpr, mask):
-    gain = load_quarter(gain_ptr, index, quarter, features, part, mask)
-    return rounded(a * rstd * gain)
+    gain = widened(load_quarter(gain_ptr, index, quarter, features, part, mask))
+    return nearest(widened(a) * rstd * gain)
+
+
+@triton.jit
+def _sum_of_squares(a0, a1, a2, a3):
+    a0, a1, a2, a3 = widened(a0), widened(a1), widened(a2), widened(a3)
+    return tl.sum(tl.sum(a0 * a0 + a1 * a1 + a2 * a2 + a3 * a3, axis=1), axis=0)
 
 
 @triton.jit
@@ -101,8 +118,7 @@ def fuse_row(
     a2 = _input_quarter(x_row, index, quarter, features, 2, mask, ACTIVATION)
     a3 = _input_quarter(x_row, index, quarter, features, 3, mask, ACTIVATION)
     if NORM:
-        squares = tl.sum(tl.sum(a0 * a0 + a1 * a1 + a2 * a2 + a3 * a3, axis=1), axis=0)
-        rstd = tl.rsqrt(squares / features + eps)
+        rstd = tl.rsqrt(_sum_of_squares(a0, a1, a2, a3) / features + eps)
         tl.store(rstd_ptr + row, rstd)
         a0 = _normalized(a0, rstd, gain_ptr, index, quarter, features, 0, mask)
         a1 = _normalized(a1, rstd, gain_ptr, index, quarter, features, 1, mask)
@@ -173,24 +189,16 @@ def sparsify(
         ROWS=lines, COLUMNS=columns, BLOCK=block if block and kept is not None else 0,
         SPARSE=kept is not None and kept < (block or features),
         ACTIVATION=activation or "", NORM=gain is not None,
-        **(launch or fused_options(lines * columns, gated=rows.shape[1] > features, norm=gain is not None)),
+        **(launch or fused_options(lines * columns, activation, norm=gain is not None)),
     )  # fmt: skip
     return Sparsified(codes, scale, rstd)
 
 
-def fused_options(words: int, *, gated: bool, norm: bool) -> dict[str, int]:
-    """Launch options for a row of `words` words of four codes.
-
-    Two inputs per feature want 8 words per thread, one wants 16, up to the registers that leave room for two rows on a
-    multiprocessor.  Measured on an H100: half the warps take 1.5 times as long in the gated forms.
-    """
-    if gated:
-        warps = max(1, min(16, words // 256))
-        cap = 64 if warps == 16 else None
-    else:
-        warps = max(1, min(8, words // 512))
-        cap = 96 if warps < 8 else 128 if norm else 80
-    return {"num_warps": warps} | ({} if INTERPRETED or cap is None else {"maxnreg": cap})
+def fused_options(words: int, activation: Activation | None, *, norm: bool) -> dict[str, int]:
+    """Launch options for a row of `words` words of four codes."""
+    if activation == "swiglu":
+        return launch_options(SWIGLU_LAUNCHES, words)
+    return launch_options(NORM_LAUNCHES if norm or activation == "relu2_glu" else LAUNCHES, words)
 
 
 def check_input(x: Tensor, activation: Activation | None) -> tuple[Tensor, int]:

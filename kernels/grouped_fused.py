@@ -130,7 +130,7 @@ def sparsify(
             E=E, EXPERTS=triton.next_power_of_2(E), ROWS=lines, COLUMNS=columns,
             BLOCK=block if block and kept is not None else 0,
             SPARSE=kept is not None and kept < (block or features), ACTIVATION=activation or "",
-            **fused_options(lines * columns, gated=rows.shape[1] > features, norm=True),
+            **fused_options(lines * columns, activation, norm=True),
         )  # fmt: skip
     return Sparsified(codes, scale, rstd)
 

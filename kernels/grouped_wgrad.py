@@ -21,13 +21,13 @@ Shapes: T token copies, Tp padded token columns, E experts, O output features, D
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: SIM102 - O is a dimension; compile-time branches stay statements
 import importlib
-from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gradient_table import GradientTable
 from kernels.tile_launch import (
     HopperTile,
     TileConfig,
@@ -142,7 +142,7 @@ def grouped_wgrad(
     x_TD: Tensor,
     offsets: Tensor,
     *,
-    main_grads: Sequence[Tensor] | None = None,
+    main_grads: GradientTable | None = None,
     dtype: torch.dtype = torch.float32,
     config: TileConfig = WGRAD_CONFIG,
 ) -> Tensor | None:
@@ -152,7 +152,7 @@ def grouped_wgrad(
         grad_TO: bfloat16 gradient of the output, sorted by expert; O is a multiple of 8.
         x_TD: bfloat16 input that the forward multiplied, its row scale folded in; D is a multiple of 8.
         offsets: int32 [E + 1], first row of each expert and T at the end, non-decreasing; stays on the device.
-        main_grads: float32 [O, D] of each expert that the gradient is added to, wherever it lies; absent: a new tensor.
+        main_grads: float32 [O, D] of each expert that the gradient is added to; absent: a new tensor.
         dtype: type of the new tensor, float32 or bfloat16.
         config: tile shape.
 
@@ -174,7 +174,7 @@ def grouped_wgrad_fp8(
     padded_offsets: Tensor,
     *,
     scale_EP: Tensor,
-    main_grads: Sequence[Tensor] | None = None,
+    main_grads: GradientTable | None = None,
     dtype: torch.dtype = torch.float32,
     config: TileConfig | HopperTile | None = None,
 ) -> Tensor | None:
@@ -185,7 +185,7 @@ def grouped_wgrad_fp8(
         x_DT: float8_e4m3fn [D, Tp], padded alike.
         padded_offsets: int32 [E + 1], first column of each expert, multiples of 128.
         scale_EP: float32 scale of each expert's P equal ranges of output features; P divides O.
-        main_grads: float32 [O, D] of each expert that the gradient is added to, wherever it lies; absent: a new tensor.
+        main_grads: float32 [O, D] of each expert that the gradient is added to; absent: a new tensor.
         dtype: type of the new tensor, float32 or bfloat16.
         config: tile shape of the portable or of the Hopper kernel; absent: a measured one of the best that runs here.
 
@@ -209,17 +209,20 @@ def grouped_wgrad_fp8(
 
 
 def _wgrad(
-    grad: Tensor, x: Tensor, offsets: Tensor, scale_EP: Tensor | None, main_grads: Sequence[Tensor] | None,
+    grad: Tensor, x: Tensor, offsets: Tensor, scale_EP: Tensor | None, main_grads: GradientTable | None,
     dtype: torch.dtype, config: TileConfig | HopperTile, *, k_contiguous: bool,
 ) -> Tensor | None:  # fmt: skip
-    check_same_device(grad=grad, x=x, offsets=offsets, scale_EP=scale_EP)
+    check_same_device(
+        grad=grad, x=x, offsets=offsets, scale_EP=scale_EP,
+        main_grads=None if main_grads is None else main_grads.addresses,
+    )  # fmt: skip
     feature_dim, token_dim = (0, 1) if k_contiguous else (1, 0)
     E, O, D = offsets.shape[0] - 1, grad.shape[feature_dim], x.shape[feature_dim]
     if E < 1:
         raise ValueError(f"offsets: {E + 1} elements, expected one more than there are experts")
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: {dtype}, expected torch.float32 or torch.bfloat16")
-    target = None if main_grads is None else _addresses(main_grads, (E, O, D), grad.device)
+    target = None if main_grads is None else main_grads.addresses_for(E, O, D)
     if grad.shape[token_dim] == 0:
         return grad.new_zeros(E, O, D, dtype=dtype) if target is None else None
     result = torch.empty(E, O, D, dtype=dtype, device=grad.device) if target is None else None
@@ -239,18 +242,6 @@ def _wgrad(
         ACCUMULATE=target is not None, GROUP_M=config.group_m, **launch_options(grad, config),
     )  # fmt: skip
     return result if result is None or stored is result or stored is None else result.copy_(stored)
-
-
-def _addresses(main_grads: Sequence[Tensor], sizes: tuple[int, int, int], device: torch.device) -> Tensor:
-    """int64 [E], where each expert's gradient lies; from pinned memory, so that nothing waits."""
-    E, O, D = sizes
-    if len(main_grads) != E:
-        raise ValueError(f"main_grads: {len(main_grads)} tensors for {E} experts")
-    for expert, gradient in enumerate(main_grads):
-        check_operand(f"main_grads[{expert}]", gradient, dtype=torch.float32, shape=(O, D))
-        check_same_device(**{f"main_grads[{expert}]": gradient, "offsets": torch.empty(0, device=device)})
-    addresses = [gradient.data_ptr() for gradient in main_grads]
-    return torch.tensor(addresses, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def padded_columns(num_tokens: int, num_experts: int) -> int:

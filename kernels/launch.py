@@ -41,16 +41,6 @@ def check_rows(x: Tensor, name: str, max_features: int, dtypes: tuple[torch.dtyp
         raise ValueError(f"{name} of strides {x.stride()} is not a matrix of rows: call .contiguous()") from None
 
 
-def row_options(elements: int) -> dict[str, int]:
-    """Launch options of a program that holds one row of `elements` words of four codes: 16 words per thread.
-
-    At 8 warps a cap of 80 registers fits three rows on a multiprocessor instead of two: 1.15 times faster at 14,336
-    features, though a few registers spill.
-    """
-    warps = max(1, min(8, elements // 512))
-    return {"num_warps": warps} | ({"maxnreg": 80} if warps == 8 and not INTERPRETED else {})
-
-
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of the GPU, 1 under the interpreter."""
     return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count

@@ -14,11 +14,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.launch import cdiv, check_rows, next_power_of_2, row_options
+from kernels.launch import INTERPRETED, cdiv, check_rows, next_power_of_2
 from kernels.sparsify_triton import load_quarter, quarter_tile, row_gamma, store_codes
 
 MAX_FEATURES = 65536
 MAX_BLOCK = 64
+
+Launches = dict[int, tuple[int, int | None]]
+"""Words of four codes in a row, rounded up to a power of two -> warps, and registers of a thread (None: any)."""
+LAUNCHES: Launches = {
+    512: (1, 64), 1024: (2, 64), 2048: (2, 128), 4096: (4, 128), 8192: (16, 64), 16384: (16, 128),
+}  # fmt: skip
+"""16 words per thread in 64 registers, 32 in 128: rows hide each other's waiting.  Measured on an H200."""
 
 
 @triton.jit
@@ -40,13 +47,16 @@ def _sparsify_kernel(
     )  # fmt: skip
 
 
-def sparsify(x: Tensor, kept: int | None, block: int | None = None) -> tuple[Tensor, Tensor]:
+def sparsify(
+    x: Tensor, kept: int | None, block: int | None = None, *, launch: dict[str, int] | None = None
+) -> tuple[Tensor, Tensor]:
     """int8 codes with all but the largest set to 0, and the scale of each token.
 
     Args:
         x: [..., D] bf16, fp16 or fp32, rows contiguous.
         kept: K, features kept of every token (of every block with `block`); None keeps all.
         block: M, features per block; None: the whole row.
+        launch: `num_warps` and `maxnreg` of the kernel; None: from `LAUNCHES`.
 
     Returns:
         codes [..., D] int8 and scale [..., 1] float32, as `reference.absmax_codes` masked by `reference.topk_mask`.
@@ -67,9 +77,17 @@ def sparsify(x: Tensor, kept: int | None, block: int | None = None) -> tuple[Ten
         ROWS=lines, COLUMNS=columns, BLOCK=block if block and kept is not None else 0,
         SPARSE=kept is not None and kept < (block or features),
         FACTOR=x.dtype == torch.bfloat16,
-        **row_options(lines * columns),
+        **(launch or launch_options(LAUNCHES, lines * columns)),
     )  # fmt: skip
     return codes, scale
+
+
+def launch_options(launches: Launches, words: int) -> dict[str, int]:
+    """Launch options of a program that holds one row of `words` words of four codes; short rows take one warp."""
+    if words < min(launches):
+        return {"num_warps": 1}
+    warps, registers = launches[min(words, max(launches))]
+    return {"num_warps": warps} | ({} if INTERPRETED or registers is None else {"maxnreg": registers})
 
 
 def quarters(features: int, block: int | None) -> tuple[int, int, int]:

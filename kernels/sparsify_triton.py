@@ -1,8 +1,11 @@
 """One row of activations to sparse int8 codes, in registers: what every kernel that ends in such codes shares.
 
-The obvious way compares every element with a trial threshold, seven times.  Here four codes share a 32-bit word, one
-from each quarter of the row (loads stay coalesced), and one addition compares all four: for keys k <= 127 and a
-threshold t in 1..127 the byte k + (128 - t) has its top bit set exactly if k >= t, and never carries into the next.
+Four codes share a 32-bit word, one from each quarter of the row (loads stay coalesced).  `bit_planes` finds the K
+largest of a whole row.  For those of a block the obvious way compares every element with a trial threshold, seven
+times; here one addition compares all four: for keys k <= 127 and a threshold t in 1..127 the byte k + (128 - t) has its
+top bit set exactly if k >= t, and never carries into the next.
+
+A row of bf16 stays bf16, two to a register, wherever it waits: for its largest magnitude, its scale, its mean square.
 
 Exactness:
 
@@ -17,10 +20,12 @@ A quarter is a tile [N, 8] of N lines of 8 features, or with blocks of M feature
 import triton
 import triton.language as tl
 
+from kernels.bit_planes import keep_largest_codes
+from kernels.words import four_bytes, larger_magnitude, low_bytes, widened
+
 _ONES = tl.constexpr(0x01010101)
 _TOPS = tl.constexpr(-0x7F7F7F80)
 """0x80808080 as int32."""
-_ODD_BYTES_OFF = tl.constexpr(0x00FF00FF)
 _ROUND = tl.constexpr(12582912.0)
 """1.5 * 2^23: adding it to |v| < 2^22 rounds v to an integer, half to even."""
 _EPS = tl.constexpr(9.999999747378752e-06)
@@ -59,7 +64,7 @@ def code_multiplier(gamma, scale):
 @triton.jit
 def code_bits(x, scale, factor, FACTOR: tl.constexpr):
     """An int32 whose low byte is the two's complement code of x."""
-    rounded = tl.fma(x, factor, _ROUND) if FACTOR else tl.div_rn(x, scale) + _ROUND
+    rounded = tl.fma(widened(x), factor, _ROUND) if FACTOR else tl.div_rn(widened(x), scale) + _ROUND
     return rounded.to(tl.int32, bitcast=True)
 
 
@@ -82,31 +87,34 @@ def quarter_tile(quarter, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def load_quarter(row_ptr, index, quarter, features, part: tl.constexpr, mask):
-    """Features of one quarter of a row as float32, 0 beyond the end."""
+    """Features of one quarter of a row, 0 beyond the end."""
     feature = index + part * quarter
-    return tl.load(row_ptr + feature, mask=mask & (feature < features), other=0.0).to(tl.float32)
+    return tl.load(row_ptr + feature, mask=mask & (feature < features), other=0.0)
 
 
 @triton.jit
-def _store_quarter(row_ptr, index, quarter, features, part: tl.constexpr, mask, word):
+def _store_quarter(row_ptr, index, quarter, features, part: tl.constexpr, mask, codes):
     feature = index + part * quarter
-    tl.store(row_ptr + feature, (word >> (8 * part)).to(tl.int8), mask=mask & (feature < features))
+    tl.store(row_ptr + feature, codes, mask=mask & (feature < features))
 
 
 @triton.jit
 def row_gamma(x0, x1, x2, x3):
     """max|x| of a row."""
-    largest = larger(larger(tl.abs(x0), tl.abs(x1)), larger(tl.abs(x2), tl.abs(x3)))
-    return tl.reduce(tl.reduce(largest, 1, larger), 0, larger)
+    largest = larger_magnitude(larger_magnitude(x0, x1), larger_magnitude(x2, x3))
+    return tl.reduce(tl.reduce(widened(largest), 1, larger), 0, larger)
 
 
 @triton.jit
 def pack_codes(x0, x1, x2, x3, gamma, scale, FACTOR: tl.constexpr):
     """Absmax codes of a row's four quarters, one byte each."""
     factor = code_multiplier(gamma, scale)
-    low = (code_bits(x0, scale, factor, FACTOR) & 0xFF) | ((code_bits(x1, scale, factor, FACTOR) & 0xFF) << 8)
-    high = (code_bits(x2, scale, factor, FACTOR) & 0xFF) | (code_bits(x3, scale, factor, FACTOR) << 8)
-    return low | (high << 16)
+    return low_bytes(
+        code_bits(x0, scale, factor, FACTOR),
+        code_bits(x1, scale, factor, FACTOR),
+        code_bits(x2, scale, factor, FACTOR),
+        code_bits(x3, scale, factor, FACTOR),
+    )
 
 
 @triton.jit
@@ -118,48 +126,6 @@ def _at_least(keys, threshold):
 @triton.jit
 def _equal(keys, threshold):
     return ((((keys ^ threshold) + 0x7F7F7F7F) >> 7) & _ONES) ^ _ONES
-
-
-@triton.jit
-def _count(flags):
-    """Sum over all flag bytes of words [N, 8]: in byte lanes along the 8 of a thread, then in integers."""
-    return tl.sum(((tl.sum(flags, axis=1) * _ONES) >> 24) & 0xFF, axis=0)
-
-
-@triton.jit
-def _row_keep(keys, kept):
-    """Flag bytes of exactly `kept` largest keys of the whole row [N, 8], ties to the lowest quarter and index."""
-    threshold = 0
-    for step in tl.static_range(7):
-        trial = threshold | (64 >> step)
-        threshold = tl.where(_count(_at_least(keys, trial * _ONES)) >= kept, trial, threshold)
-    above = _at_least(keys, (threshold + 1) * _ONES)
-    ties = _equal(keys, threshold * _ONES)
-    free = kept - _count(above)
-    # A tie is kept if fewer than `free` ties precede it: in lower quarters, in lower lines of its quarter, in its line.
-    # Lines count in bytes; quarters 0 and 2, and 1 and 3, count in the two 16-bit lanes of a word.
-    in_line = tl.sum(ties, axis=1)
-    even = in_line & _ODD_BYTES_OFF
-    odd = (in_line >> 8) & _ODD_BYTES_OFF
-    even_total = tl.sum(even, axis=0)
-    odd_total = tl.sum(odd, axis=0)
-    even_before = tl.cumsum(even, axis=0) - even
-    odd_before = tl.cumsum(odd, axis=0) - odd
-    left0 = _clamp(free - (even_before & 0xFFFF))
-    free -= even_total & 0xFFFF
-    left1 = _clamp(free - (odd_before & 0xFFFF))
-    free -= odd_total & 0xFFFF
-    left2 = _clamp(free - (even_before >> 16))
-    free -= even_total >> 16
-    left3 = _clamp(free - (odd_before >> 16))
-    left = (left0 | (left1 << 8)) | ((left2 | (left3 << 8)) << 16)
-    return above | (ties & (((left + _TOPS)[:, None] - tl.cumsum(ties, axis=1)) >> 7))
-
-
-@triton.jit
-def _clamp(count):
-    """To what a line of 8 can use."""
-    return tl.minimum(tl.maximum(count, 0), 8)
 
 
 @triton.jit
@@ -185,13 +151,15 @@ def store_largest(
 ):  # fmt: skip
     """Write the packed codes of one row, all but the `kept` largest of the row (or of each block) set to 0."""
     if SPARSE:
-        keys = magnitude_bytes(codes)
-        keep = _block_keep(keys, kept) if BLOCK > 0 else _row_keep(keys, kept)
-        codes = codes & (keep * 255)
-    _store_quarter(row_ptr, index, quarter, features, 0, mask, codes)
-    _store_quarter(row_ptr, index, quarter, features, 1, mask, codes)
-    _store_quarter(row_ptr, index, quarter, features, 2, mask, codes)
-    _store_quarter(row_ptr, index, quarter, features, 3, mask, codes)
+        if BLOCK > 0:
+            codes = codes & (_block_keep(magnitude_bytes(codes), kept) * 255)
+        else:
+            codes = keep_largest_codes(codes, kept)
+    b0, b1, b2, b3 = four_bytes(codes)
+    _store_quarter(row_ptr, index, quarter, features, 0, mask, b0)
+    _store_quarter(row_ptr, index, quarter, features, 1, mask, b1)
+    _store_quarter(row_ptr, index, quarter, features, 2, mask, b2)
+    _store_quarter(row_ptr, index, quarter, features, 3, mask, b3)
 
 
 @triton.jit

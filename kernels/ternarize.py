@@ -8,6 +8,9 @@ each part, both in float64 and in a fixed order, so that shards add up to the sa
 launch 3 reads the weights again and writes codes.  Done once per optimizer step, a model's hundred matrices cost three
 launches and one all-reduce of the part sums, which the caller does between launches 2 and 3.
 
+On request launch 3 also writes what `dispatch.Expander` would make of the codes, for 2 more bytes per weight: the codes
+in bf16, times the ratio of their part's scale to the largest of the matrix, which is 1 where there is one part.
+
 |W / s| rounds to at least 1 exactly if RN(|W| / s) > 1/2 (1/2 itself goes to the even 0), which is |W| > s / 2: the
 quotient is a product by two of numbers of the same format, and no division is needed.
 
@@ -21,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dispatch import Expanded
 from kernels.launch import check_dtype
 
 
@@ -42,6 +46,9 @@ class RowTable:
     """[P+1] int32 first position of each part in `order`."""
     part_size: Tensor
     """[P] int64 weights of each part, on this rank."""
+    matrix: Tensor
+    """[P] int64 weight that each part belongs to."""
+    num_matrices: int
     num_codes: int
     longest: int
     """Features of the longest row."""
@@ -67,16 +74,17 @@ def row_table(weights: list[Tensor], parts: list[Tensor]) -> RowTable:
         if part.numel() != weight.shape[0]:
             raise ValueError(f"parts[{index}] names {part.numel()} rows, weights[{index}] has {weight.shape[0]}")
     device = weights[0].device
-    address, length, numbered, first_part = [], [], [], 0
+    address, length, numbered = [], [], []
+    num_parts: list[int] = []
     for weight, part in zip(weights, parts, strict=True):
         rows, features = weight.shape
         address.append(weight.data_ptr() + torch.arange(rows) * features * weight.element_size())
         length.append(torch.full((rows,), features))
-        numbered.append(part.cpu() + first_part)
-        first_part += int(part.max()) + 1
+        numbered.append(part.cpu() + sum(num_parts))
+        num_parts.append(int(part.max()) + 1)
     lengths, part_of_row = torch.cat(length), torch.cat(numbered)
-    sizes = torch.zeros(first_part, dtype=torch.int64).index_add_(0, part_of_row, lengths)
-    rows_per_part = torch.bincount(part_of_row, minlength=first_part)
+    sizes = torch.zeros(sum(num_parts), dtype=torch.int64).index_add_(0, part_of_row, lengths)
+    rows_per_part = torch.bincount(part_of_row, minlength=sum(num_parts))
     return RowTable(
         address=torch.cat(address).to(device),
         length=lengths.int().to(device),
@@ -85,6 +93,8 @@ def row_table(weights: list[Tensor], parts: list[Tensor]) -> RowTable:
         order=part_of_row.argsort(stable=True).int().to(device),
         part_start=torch.cat([torch.zeros(1, dtype=torch.int64), rows_per_part.cumsum(0)]).int().to(device),
         part_size=sizes.to(device),
+        matrix=torch.arange(len(weights)).repeat_interleave(torch.tensor(num_parts)).to(device),
+        num_matrices=len(weights),
         num_codes=int(lengths.sum()),
         longest=int(lengths.max()),
     )
@@ -117,18 +127,25 @@ def _part_sums_kernel(sums_ptr, order_ptr, start_ptr, out_ptr, CHUNK: tl.constex
 
 @triton.jit
 def _codes_kernel(
-    address_ptr, length_ptr, part_ptr, offset_ptr, scale_ptr, codes_ptr, DTYPE: tl.constexpr, CHUNK: tl.constexpr
-):
+    address_ptr, length_ptr, part_ptr, offset_ptr, scale_ptr, codes_ptr, ratio_ptr, expanded_ptr,
+    EXPANDS: tl.constexpr, DTYPE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0)
     weight_ptr = tl.load(address_ptr + row).to(tl.pointer_type(DTYPE))
     length = tl.load(length_ptr + row)
-    out_ptr = codes_ptr + tl.load(offset_ptr + row)
-    half = tl.load(scale_ptr + tl.load(part_ptr + row)) * 0.5
+    part = tl.load(part_ptr + row)
+    offset = tl.load(offset_ptr + row)
+    out_ptr = codes_ptr + offset
+    half = tl.load(scale_ptr + part) * 0.5
+    if EXPANDS:
+        ratio = tl.load(ratio_ptr + part)
     for start in range(0, length, CHUNK):
         index = start + tl.arange(0, CHUNK)
         weight = tl.load(weight_ptr + index, mask=index < length, other=0.0).to(tl.float32)
         code = tl.where(weight > half, 1, tl.where(weight < -half, -1, 0))
         tl.store(out_ptr + index, code.to(tl.int8), mask=index < length)
+        if EXPANDS:
+            tl.store(expanded_ptr + offset + index, code.to(tl.float32) * ratio, mask=index < length)
 
 
 def part_sums(table: RowTable, dtype: torch.dtype) -> Tensor:
@@ -141,7 +158,14 @@ def part_sums(table: RowTable, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def codes(table: RowTable, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def codes(
+    table: RowTable,
+    scale: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    *,
+    expanded: Expanded | None = None,
+) -> Tensor:
     """int8 codes of all weights, one after the other, [num_codes].
 
     Args:
@@ -149,17 +173,33 @@ def codes(table: RowTable, scale: Tensor, dtype: torch.dtype, out: Tensor | None
         scale: [P] float32, `reference.absmean_scale` of the summed part sums.
         dtype: of the weights.
         out: where to write them; None: a new tensor.
+        expanded: where to write the same in bf16, values [num_codes] and the largest scale of each weight
+            [num_matrices]; None: nowhere.
+
+    Raises:
+        ValueError: an output of another type or size.
     """
     check_dtype(scale, "scale", (torch.float32,))
     if out is None:
         out = torch.empty(table.num_codes, dtype=torch.int8, device=scale.device)
-    elif out.numel() != table.num_codes or out.dtype != torch.int8:
-        raise ValueError(f"out has {out.numel()} elements of {out.dtype}, the weights take {table.num_codes} int8")
+    _check_output("out", out, table.num_codes, torch.int8)
+    values, ratio = None, None
+    if expanded is not None:
+        values = _check_output("expanded.values", expanded.values, table.num_codes, torch.bfloat16)
+        largest = _check_output("expanded.scale", expanded.scale, table.num_matrices, torch.float32)
+        largest.zero_().scatter_reduce_(0, table.matrix, scale, "amax")
+        ratio = scale / largest[table.matrix]
     chunk = min(2048, triton.next_power_of_2(table.longest))
     _codes_kernel[(len(table.address),)](
-        table.address, table.length, table.part, table.offset, scale, out,
-        DTYPE=_TYPES[dtype], CHUNK=chunk, num_warps=4,
+        table.address, table.length, table.part, table.offset, scale, out, ratio, values,
+        EXPANDS=values is not None, DTYPE=_TYPES[dtype], CHUNK=chunk, num_warps=4,
     )  # fmt: skip
+    return out
+
+
+def _check_output(name: str, out: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    if out.numel() != size or out.dtype != dtype:
+        raise ValueError(f"{name} has {out.numel()} elements of {out.dtype}, the weights take {size} of {dtype}")
     return out
 
 

@@ -2,7 +2,8 @@
 
 MegaBlocks (arXiv 2211.15841 sec. 5.1) keeps the tiles in row order, adds the row of each tile (a product that writes
 tiles then finds its coordinates without a search), and a second index that visits the same tiles column by column, so
-that products with the transpose read the values where they are instead of sorting copies.
+that products with the transpose read the values where they are instead of sorting copies.  Two more say in which order
+to work: lines of tiles by falling length, so that programs end together, and pairs of tiles that share operands nearby.
 
 Everything stays on the device.  The arrays have a `capacity` chosen by the host; the number of tiles in use is the last
 row offset, and kernels leave the rest alone.  The obvious alternative, arrays of exactly the right length, makes the
@@ -16,6 +17,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PAIR_ROWS = 16
+"""Rows of tiles whose pairs `sdd` computes side by side."""
+
 
 @dataclass(frozen=True)
 class Topology:
@@ -23,8 +27,13 @@ class Topology:
 
     Tile i of the values has coordinates (rows[i], columns[i]).  Row r owns tiles row_offsets[r] to
     row_offsets[r + 1]; column c owns the tiles order[j] for j from column_offsets[c] to column_offsets[c + 1], which
-    lie in rows rows_by_column[j].  Tiles pairs[i] and pairs[i] + 1 are neighbours in a row, or pairs[i] is the last of
-    an odd number.  Past the tiles (pairs) in use, all indices are 0.
+    lie in rows rows_by_column[j].  Past the tiles (pairs) in use, all indices are 0.
+
+    longest_rows [3, R] (longest_columns [3, C]) holds the rows by falling number of tiles, the first tile of each (its
+    first place in `order`) and that number; an empty one has 1, the tile past the capacity, which reads as zeros.
+
+    Tiles pairs[i] and pairs[i] + 1 are neighbours in a row, or pairs[i] is the last of an odd number.  The pairs of
+    PAIR_ROWS rows advance together, first pairs first, so that programs side by side share columns as well as rows.
     """
 
     block: tuple[int, int]
@@ -34,6 +43,8 @@ class Topology:
     columns: Tensor
     order: Tensor
     rows_by_column: Tensor
+    longest_rows: Tensor
+    longest_columns: Tensor
     pairs: Tensor
     num_pairs: Tensor
 
@@ -93,14 +104,36 @@ def from_mask(mask_RC: Tensor, block: tuple[int, int], *, capacity: int | None =
     rows_by_column = by_column % R
     tile = torch.arange(capacity, device=mask_RC.device)
     used = tile < row_offsets[-1]
-    (_, num_pairs), pairs = _compress(((tile - row_offsets[rows]) % 2 == 0).logical_and(used).unsqueeze(0), capacity)
+    pairs, num_pairs = _pairs(row_offsets, C, capacity)
     rows, columns, order, rows_by_column = (
         torch.where(used, index, 0).to(torch.int32) for index in (rows, columns, order, rows_by_column)
     )
     return Topology(
-        block, row_offsets, column_offsets, rows, columns, order, rows_by_column, pairs.to(torch.int32),
-        num_pairs.view(1),
+        block, row_offsets, column_offsets, rows, columns, order, rows_by_column,
+        _longest(row_offsets, capacity), _longest(column_offsets, capacity), pairs, num_pairs,
     )  # fmt: skip
+
+
+def _longest(offsets: Tensor, capacity: int) -> Tensor:
+    """`Topology.longest_rows` or `longest_columns`."""
+    counts = offsets.diff()
+    lines = counts.argsort(descending=True, stable=True)
+    counts = counts[lines]
+    first = torch.where(counts > 0, offsets[lines], capacity)
+    return torch.stack([lines, first, counts.clamp(min=1)]).to(torch.int32)
+
+
+def _pairs(row_offsets: Tensor, C: int, capacity: int) -> tuple[Tensor, Tensor]:
+    """(`Topology.pairs`, `num_pairs`): one entry per row and pair, which groups of rows walk pair by pair."""
+    R, P = row_offsets.shape[0] - 1, (C + 1) // 2
+    counts = torch.nn.functional.pad(row_offsets.diff(), (0, -R % PAIR_ROWS))
+    exists_RP = 2 * torch.arange(P, device=counts.device) < counts.unsqueeze(1)
+    walked = exists_RP.view(-(-R // PAIR_ROWS), PAIR_ROWS, P).transpose(1, 2).flatten().unsqueeze(0)
+    (_, num_pairs), places = _compress(walked, capacity)
+    group, pair, row = places // (PAIR_ROWS * P), places // PAIR_ROWS % P, places % PAIR_ROWS
+    tiles = row_offsets[group * PAIR_ROWS + row] + 2 * pair
+    used = torch.arange(capacity, device=counts.device) < num_pairs
+    return torch.where(used, tiles, 0).to(torch.int32), num_pairs.view(1)
 
 
 def _running_count(mask: Tensor) -> Tensor:

@@ -6,20 +6,35 @@ from torch.nn.functional import linear as dense_linear
 
 from kernels import fused, fused_backward, gradients, sharded, sharded_norm, topk_float
 from kernels.activation import activate
-from kernels.dispatch import Activation, Backward, Fused, ReferenceKernels, Sharded, ShardedNorm, e4m3_scale
+from kernels.dispatch import (
+    Activation,
+    Backward,
+    Expanded,
+    Expander,
+    Fused,
+    ReferenceKernels,
+    Sharded,
+    ShardedNorm,
+    e4m3_scale,
+)
 from kernels.gemm import gemm, unaligned
 from kernels.norm import rms_norm
 from kernels.sparsify import MAX_BLOCK, MAX_FEATURES, sparsify
 
 
 class TritonKernels:
-    """Fast forms of every operation for bf16 models; anything else goes to the reference."""
+    """Fast forms of every operation for bf16 models; anything else goes to the reference.
 
-    def __init__(self) -> None:
+    Args:
+        keep_bf16_weights: offer an `Expander`.
+    """
+
+    def __init__(self, *, keep_bf16_weights: bool = False) -> None:
         self._reference = ReferenceKernels()
         self.fused: Fused | None = FusedKernels()
         self.sharded: Sharded | None = ShardedKernels()
         self.sharded_norm: ShardedNorm | None = ShardedNormKernels()
+        self.expander: Expander | None = WeightExpander() if keep_bf16_weights else None
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
         """See `Kernels.sparsify`."""
@@ -49,13 +64,20 @@ class TritonKernels:
         return y_TO.view(*x.shape[:-1], weight.shape[0])
 
     def backward(
-        self, grad: Tensor, weight: Tensor, *, weight_scale: Tensor | None, x_scale: Tensor | None, e4m3: bool
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        *,
+        weight_scale: Tensor | None,
+        x_scale: Tensor | None,
+        e4m3: bool,
+        expanded: Expanded | None = None,
     ) -> Backward:
         """See `Kernels.backward`."""
         if grad.dtype != torch.bfloat16 or not _fits(weight) or unaligned(grad.flatten(0, -2)):
             return self._reference.backward(grad, weight, weight_scale=weight_scale, x_scale=x_scale, e4m3=e4m3)
         if not e4m3:
-            return ExactBackward(grad, weight, weight_scale)
+            return ExactBackward(grad, weight, weight_scale, expanded)
         return FastBackward(grad, weight, weight_scale, e4m3_scale(weight, x_scale))
 
 
@@ -143,26 +165,41 @@ class ShardedNormKernels:
         return sharded_norm.gradients(_rows(grad), _rows(x), gain, rstd, dots, num_features)
 
 
-class ExactBackward:
-    """Both products in bf16 with float32 sums.
+class WeightExpander:
+    """`dispatch.Expander` in Triton.
 
     A weight with several scales is multiplied as their ratios to the largest: these are rounded to bf16 (2^-9), where
     a single scale stays outside the product in float32.
     """
 
-    def __init__(self, grad: Tensor, weight: Tensor, weight_scale: Tensor | None) -> None:
-        self._grad, self._weight, self._weight_scale = grad, weight, weight_scale
+    def takes(self, weight: Tensor) -> bool:
+        """See `Expander.takes`."""
+        return _fits(weight)
+
+    def expand(self, codes: Tensor, scale: Tensor) -> Expanded:
+        """See `Expander.expand`."""
+        if scale.numel() == 1:
+            return Expanded(_bf16(codes), scale)
+        largest = scale.max().view(1)
+        return Expanded(gradients.dequantize(codes, scale / largest), largest)
+
+
+class ExactBackward:
+    """Both products in bf16 with float32 sums; codes without their `expanded` form are brought to it first."""
+
+    def __init__(
+        self, grad: Tensor, weight: Tensor, weight_scale: Tensor | None, expanded: Expanded | None = None
+    ) -> None:
+        self._grad, self._weight, self._weight_scale, self._expanded = grad, weight, weight_scale, expanded
 
     def dgrad(self) -> Tensor:
         """See `Backward.dgrad`."""
-        grad, weight, outside = self._grad.flatten(0, -2), self._weight, self._weight_scale
-        if weight.dtype == torch.int8:
-            ratio = None
-            if outside is not None and outside.numel() > 1:
-                largest = outside.max().view(1)
-                ratio, outside = outside / largest, largest
-            weight = gradients.dequantize(weight, ratio)
-        dx = grad @ weight if outside is None else gemm(grad, weight, b_k_major=False, b_scale=outside)
+        grad, weight, scale = self._grad.flatten(0, -2), self._weight, self._weight_scale
+        if scale is None:
+            dx = grad @ _bf16(weight)
+        else:
+            operand = self._expanded or WeightExpander().expand(weight, scale)
+            dx = gemm(grad, operand.values, b_k_major=False, b_scale=operand.scale)
         return dx.view(*self._grad.shape[:-1], weight.shape[1])
 
     def wgrad(self, x: Tensor, x_scale: Tensor | None, main_grad: Tensor | None) -> Tensor | None:

@@ -23,11 +23,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher, MoETokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 from torch import Tensor
 
 from moe.wire import pack, unpack
-from qsparse_layers.functional import Codes
+from qsparse_layers.linear_call import Codes
 
 
 class DispatcherError(ValueError):
@@ -69,11 +69,11 @@ class CodeDispatcher:
     """`MoETokenDispatcher` around another one.
 
     Args:
-        inner: megatron-core's dispatcher.
+        inner: megatron-core's dispatcher, or `LocalDispatcher`.
         quantize: codes of tokens [T, D], or None if tokens must travel as they are.
     """
 
-    def __init__(self, inner: MoETokenDispatcher, quantize: Callable[[Tensor], Codes | None]) -> None:
+    def __init__(self, inner: Any, quantize: Callable[[Tensor], Codes | None]) -> None:
         self._inner, self._quantize = inner, quantize
         self._tokens: Tensor | None = None
 

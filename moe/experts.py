@@ -15,7 +15,8 @@ from torch import Tensor, cat
 
 from moe.dispatcher import ExpertInput
 from moe.front import weigh
-from qsparse_layers.functional import Sharding, qsparse_linear
+from qsparse_layers.functional import qsparse_linear
+from qsparse_layers.linear_call import Sharding
 from qsparse_layers.mlp import activate, activation_name
 
 

@@ -3,10 +3,10 @@
 Quantization, SubLN and activation look at one token, so they run once over the tokens of all local experts, on a GPU
 in one pass (`moe.front`); the two products are grouped (`moe.products`).  Nothing here waits for the GPU.
 
-Ternary codes come from each layer's own cache and are stacked once per step, and weight gradients are added to each
-expert's own buffer, wherever it lies.  That experts keep their own parameters, instead of one tall tensor, costs this
-copy of codes (half of the bf16 weights' bytes, once per step) and buys checkpoints, rules, initialization and optimizer
-state without a second form.
+Ternary codes come from each layer's own cache and are stacked once per step (and, with `run.keep_bf16_weights`, brought
+to bf16), and weight gradients are added to each expert's own buffer, wherever it lies.  That experts keep their own
+parameters, instead of one tall tensor, costs this copy of codes (half of the bf16 weights' bytes, once per step) and
+buys checkpoints, rules, initialization and optimizer state without a second form.
 
 Experts of several formats, or quantization in its warm-up, run one after the other.
 """
@@ -18,22 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.gradient_table import GradientTable
 from moe.dispatcher import ExpertInput
 from moe.experts import QSparseSequentialMLP
 from moe.front import GroupedFused
 from moe.products import GroupedProducts, StackedWeights, grouped_products_for
-from qsparse_layers.functional import (
-    Codes,
-    Front,
-    LinearCall,
-    Sharding,
-    prepare_fused,
-    prepare_input,
-    prepare_weight,
-)
+from qsparse_layers.functional import prepare_fused, prepare_input, prepare_weight
+from qsparse_layers.linear_call import Codes, Front, LinearCall, Sharding
 from qsparse_layers.mlp import activate, activation_name
 from qsparse_layers.norm import rms_norm
 from qsparse_layers.parallel import QSparseLinearMixin, QSparseRowParallelLinear
+from qsparse_layers.stats import ZeroCounts
 
 
 class QSparseGroupedMLP(QSparseSequentialMLP):
@@ -41,13 +36,17 @@ class QSparseGroupedMLP(QSparseSequentialMLP):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._stacks = [_StackCache(), _StackCache()]
+        self._stacks = [_Stack(), _Stack()]
+        for expert in self.local_experts:
+            expert.linear_fc1.is_stacked = expert.linear_fc2.is_stacked = True
 
     def outputs(self, tokens: ExpertInput, tokens_per_expert: Tensor) -> Tensor:
         """Unweighted outputs [T, hidden]."""
         ups = [expert.linear_fc1 for expert in self.local_experts]
         downs = [expert.linear_fc2 for expert in self.local_experts]
         if not (_is_groupable(ups) and _is_groupable(downs)):
+            if tokens.x.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError("experts of several formats run one after the other: set run.cuda_graph=false")
             return super().outputs(tokens, tokens_per_expert)
         offsets = _offsets(tokens_per_expert, tokens.x.device)
         hidden = _grouped_linear(tokens, ups, offsets, self._stacks[0])
@@ -65,9 +64,9 @@ class QSparseGroupedMLP(QSparseSequentialMLP):
 def _is_groupable(layers: Sequence[QSparseLinearMixin]) -> bool:
     """Whether the layers multiply int8 codes by ternary codes, all in one format."""
     first = layers[0]
-    if any(layer.format != first.format for layer in layers) or first.schedule.quantization < 1.0:
+    if first.format.weights == "full" or first.format.activations == "full" or first.schedule.quantization < 1.0:
         return False
-    return first.format.weights == "ternary" and first.format.activations == "int8"
+    return all(layer.format == first.format for layer in layers)
 
 
 def _offsets(tokens_per_expert: Tensor, device: torch.device) -> Tensor:
@@ -83,36 +82,59 @@ def _sub_norm(x_TF: Tensor, gains_EF: Tensor, layer: Any, offsets: Tensor) -> Te
     return rms_norm(x_TF, gains_EF[expert_T], layer.input_size, layer.config.layernorm_epsilon, layer.tp_group)
 
 
-class _StackCache:
-    """Stacked ternary codes, good until the weights change."""
+class _Stack:
+    """What the experts' layers of one kind have in common: their codes in one tensor, their gradients in one table."""
 
     def __init__(self) -> None:
-        self._version: int | None = None
-        self._stacked: StackedWeights | None = None
+        self._state: object = None
+        self._codes: StackedWeights | None = None
+        self._main_grads: GradientTable | None = None
 
-    def get(self, layers: Sequence[QSparseLinearMixin], calls: list[LinearCall]) -> StackedWeights:
-        """The codes of `layers` under `calls`."""
-        version = calls[0].weight_version
-        if self._stacked is None or version is None or version != self._version:
-            operands = [prepare_weight(layer.weight, call) for layer, call in zip(layers, calls, strict=True)]
-            self._stacked = StackedWeights.of([(operand.values, operand.scale) for operand in operands])
-            self._version = version
-        return self._stacked
+    def codes(
+        self, layers: Sequence[QSparseLinearMixin], sharding: Sharding, products: GroupedProducts
+    ) -> StackedWeights:
+        """The ternary codes of `layers`, good until the weights change; in bf16, too, if `products` keep that.
+
+        A CUDA graph that is being captured stacks once more, so that its replays do.
+        """
+        first = layers[0].schedule
+        state = (first.weight_version, layers[0].weight.is_cuda and torch.cuda.is_current_stream_capturing())
+        if self._codes is None or first.weight_version is None or state != self._state:
+            operands = [prepare_weight(layer.weight, layer.call(sharding)) for layer in layers]
+            stacked = StackedWeights.of([(operand.values, operand.scale) for operand in operands])
+            if first.weight_version is not None and layers[0].format.gradients == "full":
+                stacked = replace(stacked, expanded=products.expand(stacked))
+            self._codes, self._state = stacked, state
+        return self._codes
+
+    def main_grads(self, weights: Sequence[Tensor]) -> GradientTable | None:
+        """Float32 gradient buffers of megatron-core's data parallelism, which kernels add to (see `functional`)."""
+        buffers = [getattr(weight, "main_grad", None) for weight in weights]
+        if not weights[0].is_cuda or any(buffer is None or buffer.dtype != torch.float32 for buffer in buffers):
+            return None
+        found = [buffer for buffer in buffers if buffer is not None]
+        known = self._main_grads
+        if known is None or any(new is not old for new, old in zip(found, known.buffers, strict=True)):
+            self._main_grads = GradientTable.of(found)
+        return self._main_grads
 
 
 def _grouped_linear(
     tokens: ExpertInput,
     layers: Sequence[QSparseLinearMixin],
     offsets: Tensor,
-    stacks: _StackCache,
+    stack: _Stack,
     front: Front | None = None,
     gains: Tensor | None = None,
 ) -> Tensor:
     """Each expert's layer on its tokens; `front` and the `gains` [E, F] of its norm come first."""
     group = layers[0].tp_group
     features = group if isinstance(layers[0], QSparseRowParallelLinear) else None
-    calls = [layer.call(Sharding(weight=group, features=features)) for layer in layers]
-    work = _Work(calls, stacks.get(layers, calls), offsets, grouped_products_for(calls[0].kernels), front)
+    sharding = Sharding(weight=group, features=features)
+    call = layers[0].call(sharding)
+    products = grouped_products_for(call.kernels)
+    counts = None if call.counts is None else [layer.counts for layer in layers]
+    work = _Work(call, stack, stack.codes(layers, sharding, products), counts, offsets, products, front)
     return _GroupedLinear.apply(tokens.x, gains, tokens.codes, work, *(layer.weight for layer in layers))
 
 
@@ -120,8 +142,11 @@ def _grouped_linear(
 class _Work:
     """Everything but what has gradients."""
 
-    calls: list[LinearCall]
+    call: LinearCall
+    """Of the first expert's layer; the others' have the same format."""
+    stack: _Stack
     stacked: StackedWeights
+    counts: list[ZeroCounts] | None
     offsets: Tensor
     products: GroupedProducts
     front: Front | None
@@ -136,10 +161,10 @@ class _GroupedLinear(torch.autograd.Function):
         before: tuple[Tensor | None, ...] = ()
         if codes is None:
             if work.front is None:
-                operand, _ = prepare_input(x, work.calls[0])
+                operand, _ = prepare_input(x, work.call)
             else:
                 num_features = work.stacked.codes.shape[-1]
-                operand, rstd = prepare_fused(x, gains, work.calls[0], work.front, num_features=num_features)
+                operand, rstd = prepare_fused(x, gains, work.call, work.front, num_features=num_features)
                 before = (x, gains, rstd)
             assert operand.scale is not None
             codes = Codes(operand.values, operand.scale)
@@ -152,10 +177,10 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         work: _Work = ctx.work
         values, scale, *before = ctx.saved_tensors
-        main_grads = _main_grads(ctx.weights)
+        main_grads = work.stack.main_grads(ctx.weights)
         dx, dws = work.products.backward(
             grads[0].contiguous(), Codes(values, scale), work.stacked, work.offsets,
-            e4m3=work.calls[0].format.gradients == "e4m3", main_grads=main_grads,
+            e4m3=work.call.format.gradients == "e4m3", main_grads=main_grads,
         )  # fmt: skip
         dgains = None
         if work.front is not None:
@@ -166,14 +191,6 @@ class _GroupedLinear(torch.autograd.Function):
         return dx, dgains, None, None, *(dw.to(weight.dtype) for dw, weight in zip(dws, ctx.weights, strict=True))
 
 
-def _main_grads(weights: Sequence[Tensor]) -> list[Tensor] | None:
-    """Float32 gradient buffers of megatron-core's data parallelism, which kernels add to (see `functional`)."""
-    buffers = [getattr(weight, "main_grad", None) for weight in weights]
-    if weights[0].is_cuda and all(buffer is not None and buffer.dtype == torch.float32 for buffer in buffers):
-        return [buffer for buffer in buffers if buffer is not None]
-    return None
-
-
 def _place_holder(weight: Tensor) -> Tensor:
     setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010 - megatron-core's mark on a parameter
     return torch.empty_like(weight)  # its hooks run on a gradient; this one is not read
@@ -181,9 +198,8 @@ def _place_holder(weight: Tensor) -> Tensor:
 
 def _count(codes: Codes, work: _Work) -> None:
     """Count zeros, expert by expert; only in steps that are logged."""
-    if work.calls[0].counts is None:
+    if work.counts is None:
         return
     bounds = work.offsets.tolist()
-    for expert, call in enumerate(work.calls):
-        assert call.counts is not None
-        call.counts.add(codes.values[bounds[expert] : bounds[expert + 1]], work.stacked.codes[expert])
+    for expert, counts in enumerate(work.counts):
+        counts.add(codes.values[bounds[expert] : bounds[expert + 1]], work.stacked.codes[expert])

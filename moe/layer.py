@@ -6,6 +6,7 @@ format for all experts of the layer, on every rank, and quantization without a w
 travel and each expert quantizes by its own format.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,10 @@ from kernels.dispatch import Kernels
 from moe.config import MoEConfig
 from moe.dispatcher import CodeDispatcher, check_dispatcher
 from moe.load import RouterLoad
+from moe.local_dispatcher import LocalDispatcher, can_stay_local
 from qsparse_layers.config import LinearFormat, QSparseConfig, layer_format
-from qsparse_layers.functional import Codes, LinearCall, WeightParts, is_one_pass, prepare_input
+from qsparse_layers.functional import is_one_pass, prepare_input
+from qsparse_layers.linear_call import Codes, LinearCall, WeightParts
 from qsparse_layers.rules import global_paths
 from qsparse_layers.schedules import Schedule
 
@@ -48,6 +51,10 @@ class _Quantizer:
         return Codes(operand.values, operand.scale)
 
 
+def _travels_as_it_is(tokens: Tensor) -> None:
+    """No codes."""
+
+
 class QSparseMoELayer(MoELayer):
     """`MoELayer` whose tokens may travel as int8 codes."""
 
@@ -66,12 +73,14 @@ class QSparseMoELayer(MoELayer):
             schedule: shared by all layers.
             kernels: what quantizes.
         """
-        quantizes = _input_format(formats[0]) if len({_input_format(layout) for layout in formats}) == 1 else None
-        if options.dispatch == "full" or quantizes is None or formats[0].activations == "full":
-            inner = CodeDispatcher(self.token_dispatcher, lambda tokens: None)
-        else:
-            inner = CodeDispatcher(self.token_dispatcher, _Quantizer(formats[0], schedule, kernels))
-        self.token_dispatcher = inner
+        inner = self.token_dispatcher
+        if can_stay_local(inner):
+            inner = LocalDispatcher(self.config)
+        formats_agree = len({_input_format(layout) for layout in formats}) == 1
+        quantize: Callable[[Tensor], Codes | None] = _travels_as_it_is
+        if options.dispatch == "codes" and formats_agree and formats[0].activations != "full":
+            quantize = _Quantizer(formats[0], schedule, kernels)
+        self.token_dispatcher = CodeDispatcher(inner, quantize)
         # Experts have their own optimizer and gradient reduction under every layout, so that a checkpoint written with
         # one expert-parallel size loads with another; megatron-core splits them off with expert parallelism only.
         for parameter in self.experts.parameters():

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import Kernels, ReferenceKernels
-from qsparse_layers.functional import Codes
+from kernels.gradient_table import GradientTable
+from qsparse_layers.linear_call import Codes
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class StackedWeights:
     """int8 [E, O, D]."""
     scale: Tensor
     """float32 [E, O], a scale of each row, or [E, 1] where each matrix has one."""
+    expanded: Tensor | None = None
+    """The codes in bf16, where exact backward passes find them ready."""
 
     @classmethod
     def of(cls, operands: list[tuple[Tensor, Tensor | None]]) -> "StackedWeights":
@@ -44,18 +47,24 @@ class StackedWeights:
         return self.scale.unflatten(1, (num_parts, -1))[:, :, 0].contiguous()
 
 
-MainGrads = Sequence[Tensor] | None
-"""float32 [O, D] of each expert that dW is added to; None: dW is returned."""
-
-
 class GroupedProducts(Protocol):
     """What `moe.grouped` computes with."""
+
+    def expand(self, weight: StackedWeights) -> Tensor | None:
+        """`StackedWeights.expanded`, if the kernels of single layers keep such copies and these products use it."""
 
     def forward(self, x: Codes, weight: StackedWeights, offsets: Tensor, *, dtype: torch.dtype) -> Tensor:
         """[T, O] in `dtype`; offsets int32 [E + 1]."""
 
     def backward(
-        self, grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, *, e4m3: bool, main_grads: MainGrads
+        self,
+        grad: Tensor,
+        x: Codes,
+        weight: StackedWeights,
+        offsets: Tensor,
+        *,
+        e4m3: bool,
+        main_grads: GradientTable | None,
     ) -> tuple[Tensor, Tensor | None]:
         """dX [T, D] in the type of dY, and dW [E, O, D] in float32 or wider; None if it was added to `main_grads`."""
 
@@ -71,6 +80,10 @@ class LoopedProducts:
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
 
+    def expand(self, weight: StackedWeights) -> Tensor | None:
+        """See `GroupedProducts.expand`."""
+        return None
+
     def forward(self, x: Codes, weight: StackedWeights, offsets: Tensor, *, dtype: torch.dtype) -> Tensor:
         """See `GroupedProducts.forward`."""
         parts = [
@@ -80,11 +93,18 @@ class LoopedProducts:
         return torch.cat(parts)
 
     def backward(
-        self, grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, *, e4m3: bool, main_grads: MainGrads
+        self,
+        grad: Tensor,
+        x: Codes,
+        weight: StackedWeights,
+        offsets: Tensor,
+        *,
+        e4m3: bool,
+        main_grads: GradientTable | None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `GroupedProducts.backward`."""
         dxs, dws = [], []
-        targets: Sequence[Tensor | None] = main_grads or [None] * len(weight.codes)
+        targets: Sequence[Tensor | None] = main_grads.buffers if main_grads else [None] * len(weight.codes)
         for rows, codes_OD, scale, target in zip(_rows(offsets), weight.codes, weight.scale, targets, strict=True):
             products = self._kernels.backward(
                 grad[rows], codes_OD, weight_scale=scale, x_scale=x.scale[rows], e4m3=e4m3 and rows.start < rows.stop
@@ -99,6 +119,11 @@ class TritonProducts:
 
     def __init__(self, kernels: Kernels) -> None:
         self._looped = LoopedProducts(kernels)
+        self._keeps_bf16 = kernels.expander is not None
+
+    def expand(self, weight: StackedWeights) -> Tensor | None:
+        """See `GroupedProducts.expand`."""
+        return _expanded(weight) if self._keeps_bf16 and _fits_backward(weight, e4m3=False) else None
 
     def forward(self, x: Codes, weight: StackedWeights, offsets: Tensor, *, dtype: torch.dtype) -> Tensor:
         """See `GroupedProducts.forward`."""
@@ -110,29 +135,42 @@ class TritonProducts:
         )
 
     def backward(
-        self, grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, *, e4m3: bool, main_grads: MainGrads
+        self,
+        grad: Tensor,
+        x: Codes,
+        weight: StackedWeights,
+        offsets: Tensor,
+        *,
+        e4m3: bool,
+        main_grads: GradientTable | None,
     ) -> tuple[Tensor, Tensor | None]:
         """See `GroupedProducts.backward`."""
-        if grad.dtype != torch.bfloat16 or not _fits(weight):
+        if grad.dtype != torch.bfloat16 or not _fits_backward(weight, e4m3=e4m3):
             return self._looped.backward(grad, x, weight, offsets, e4m3=e4m3, main_grads=main_grads)
         backward = _fast_backward if e4m3 else _exact_backward
         return backward(grad, x, weight, offsets, main_grads)
 
 
 def _exact_backward(
-    grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, main_grads: MainGrads
+    grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, main_grads: GradientTable | None
 ) -> tuple[Tensor, Tensor | None]:
     gemm: Any = importlib.import_module("kernels.grouped_gemm")
     gradients: Any = importlib.import_module("kernels.gradients")
     wgrad: Any = importlib.import_module("kernels.grouped_wgrad")
-    weight_bf16 = gradients.dequantize(weight.codes.flatten(0, 1), None).view_as(weight.codes)
+    weight_bf16 = _expanded(weight) if weight.expanded is None else weight.expanded
     dx = gemm.grouped_dgrad(grad, weight_bf16, offsets, weight_scale_EP=_part_scales(weight))
     x_bf16 = gradients.dequantize(x.values, x.scale.flatten())
     return dx, wgrad.grouped_wgrad(grad, x_bf16, offsets, main_grads=main_grads)
 
 
+def _expanded(weight: StackedWeights) -> Tensor:
+    gradients: Any = importlib.import_module("kernels.gradients")
+    expanded: Tensor = gradients.dequantize(weight.codes.flatten(0, 1), None).view_as(weight.codes)
+    return expanded
+
+
 def _fast_backward(
-    grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, main_grads: MainGrads
+    grad: Tensor, x: Codes, weight: StackedWeights, offsets: Tensor, main_grads: GradientTable | None
 ) -> tuple[Tensor, Tensor | None]:
     gemm: Any = importlib.import_module("kernels.grouped_gemm")
     eight_bit: Any = importlib.import_module("kernels.grouped_gradients")
@@ -154,9 +192,13 @@ def _part_scales(weight: StackedWeights) -> Tensor:
 
 
 def _fits(weight: StackedWeights) -> bool:
-    """Rows of every operand are multiples of 16 bytes, and dgrad's parts multiples of its tiles."""
-    _, num_outputs, num_inputs = weight.codes.shape
-    return num_outputs % 128 == 0 and num_inputs % 16 == 0
+    """Rows of every operand are multiples of 16 bytes."""
+    return weight.codes.shape[1] % 16 == 0 and weight.codes.shape[2] % 16 == 0
+
+
+def _fits_backward(weight: StackedWeights, *, e4m3: bool) -> bool:
+    """Also: where dX is summed over two parts of the weight, each is a whole number of steps of 64 bf16 values."""
+    return _fits(weight) and (e4m3 or weight.scale.shape[1] == 1 or weight.codes.shape[1] % 128 == 0)
 
 
 def _rows(offsets: Tensor) -> list[slice]:

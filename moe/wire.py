@@ -13,7 +13,7 @@ Shapes: T tokens, D features, B bytes of a row.
 import torch
 from torch import Tensor
 
-from qsparse_layers.functional import Codes
+from qsparse_layers.linear_call import Codes
 
 ROW_ALIGNMENT = 16
 _SCALE_BYTES = 4

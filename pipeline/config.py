@@ -42,6 +42,9 @@ class RunConfig(Section):
     """Linear layers: `triton` takes the fast kernels (GPU), `reference` plain PyTorch; `auto`: triton on a GPU."""
     cuda_graph: bool = False
     """Run forward and backward of a step as one CUDA graph: less time between kernels, a few percent more memory."""
+    keep_bf16_weights: bool = False
+    """Keep ternary weights in bf16, too, for the exact backward pass: 2 bytes per weight save a pass per microbatch.
+    Needs `gradients: full`, Triton's kernels and bf16; no effect on the CPU, none on any result."""
     deterministic: bool = False
     """Only deterministic kernels; slower on GPUs, no effect on the CPU, which always is."""
     threads: PositiveInt = 1
@@ -124,6 +127,9 @@ class ParallelConfig(Section):
     """Overlap the gradient reduction with the backward pass."""
     overlap_param_gather: bool = False
     """Overlap the parameter all-gather with the forward pass (distributed optimizer only)."""
+    ternary_param_gather: bool = False
+    """Gather ternary weights after a step as 2-bit codes instead of bf16 values, an eighth of the bytes (distributed
+    optimizer only; no effect on any result)."""
 
     @property
     def model_size(self) -> int:
@@ -148,6 +154,9 @@ class TrainingConfig(Section):
     recompute: Literal["none", "up_projection", "selective", "full"] = "none"
     """What the backward pass computes again instead of keeping it: the product of the FFN's gate and up projections
     (`up_projection`), core attention (`selective`) or whole layers (`full`)."""
+    offload_layers: NonNegativeInt = 0
+    """Layers, from the first, whose saved activations wait for the backward pass in the host's memory; fewer than
+    `model.num_layers`.  Transformer Engine copies them while other layers compute."""
     eval_interval: NonNegativeInt = 100
     """Steps between held-out evaluations; 0: only at the end."""
     eval_sequences: PositiveInt = 64

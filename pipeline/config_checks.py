@@ -7,27 +7,20 @@ overrides that set them.  No torch here: a login node runs these.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from pipeline.config_layers import check_layer_rules
+from pipeline.config_speed_checks import SPEED_RULES
+from pipeline.config_violation import Violation, value_of
 from pipeline.data.phases import PhaseError, resolve_phases
 
 if TYPE_CHECKING:
     from pipeline.config import Config
 
 VIOLATION_TYPE = "combination"
-
-
-class Violation(NamedTuple):
-    """A combination of keys that cannot work."""
-
-    keys: tuple[str, ...]
-    """Dotted keys involved, the most telling one first."""
-    message: str
-    """What is wrong and what would be right, with `key=value` for each key."""
 
 
 def find_violations(config: "Config") -> list[Violation]:
@@ -57,50 +50,21 @@ def _rules() -> tuple[Callable[["Config"], Iterator[Violation]], ...]:
         _batch,
         _experts,
         _upcycling,
-        _optimizer_overlap,
         _schedule,
         _warmups,
         _precision,
         _layer_rules,
         _data_phases,
         _document_attention,
-        _cuda_graph,
+        *SPEED_RULES,
     )
-
-
-def _cuda_graph(config: "Config") -> Iterator[Violation]:
-    """A graph repeats the same work whatever the data are."""
-    if not config.run.cuda_graph:
-        return
-    obstacles = {  # whether it is one, and what to set instead
-        "run.device": (config.run.device == "cpu", "cuda"),
-        "parallel.pp": (config.parallel.pp > 1, "1"),
-        "parallel.cp": (config.parallel.cp > 1, "1"),
-        "parallel.overlap_param_gather": (config.parallel.overlap_param_gather, "false"),
-        "model.moe": (config.model.moe is not None, "null"),
-        "model.dropout": (config.model.dropout > 0, "0"),
-        "training.recompute": (config.training.recompute in ("selective", "full"), "up_projection"),
-        "data.attention": (config.data.attention == "document", "full"),
-        "data.mask_eod_loss": (config.data.mask_eod_loss, "false"),
-    }
-    for key, (is_obstacle, instead) in obstacles.items():
-        if is_obstacle:
-            value = "set" if key == "model.moe" else _value(config, key)
-            message = f"run.cuda_graph=true does not work with {key}={value}: set {key}={instead} or "
-            yield Violation((key, "run.cuda_graph"), f"{message}run.cuda_graph=false")
 
 
 def _divides(config: "Config", key: str, divisor: str, why: str) -> Iterator[Violation]:
     """Yield a violation unless the value of `divisor` divides that of `key` (dotted keys)."""
-    value, by = _value(config, key), _value(config, divisor)
+    value, by = value_of(config, key), value_of(config, divisor)
     if value % by:
         yield Violation((key, divisor), f"{key}={value} is not divisible by {divisor}={by}: {why}")
-
-
-def _value(config: "Config", key: str) -> int:
-    section, name = key.split(".")
-    value: int = getattr(getattr(config, section), name)
-    return value
 
 
 def _attention_shape(config: "Config") -> Iterator[Violation]:
@@ -109,7 +73,7 @@ def _attention_shape(config: "Config") -> Iterator[Violation]:
         yield from _divides(config, "model.hidden_size", heads, "set model.head_dim to have heads of another width")
     elif model.head_size % 2:
         key = "model.hidden_size" if model.head_dim is None else "model.head_dim"
-        message = f"{key}={_value(config, key)} makes heads of {model.head_size} features"
+        message = f"{key}={value_of(config, key)} makes heads of {model.head_size} features"
         yield Violation((key,), f"{message}: rotary embeddings need an even number")
     if model.num_query_groups is not None:
         yield from _divides(config, heads, "model.num_query_groups", "each group serves the same number of heads")
@@ -251,13 +215,6 @@ def _upcycling(config: "Config") -> Iterator[Violation]:
         width = "model.moe.shared_ffn_hidden_size"
         message = f"{key}=true with {width}={moe.shared_ffn_hidden_size}: a dense model has nothing for a shared expert"
         yield Violation((key, width), message)
-
-
-def _optimizer_overlap(config: "Config") -> Iterator[Violation]:
-    parallel = config.parallel
-    if parallel.overlap_param_gather and not parallel.distributed_optimizer:
-        key, needed = "parallel.overlap_param_gather", "parallel.distributed_optimizer"
-        yield Violation((key, needed), f"{key}=true needs {needed}=true: without it there is nothing to gather")
 
 
 def _schedule(config: "Config") -> Iterator[Violation]:

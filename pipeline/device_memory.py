@@ -44,6 +44,8 @@ def remedies(config: Config) -> list[str]:
         found.append("training.recompute=up_projection")
     if training.recompute != "full":
         found.append("training.recompute=full")
+    if config.run.keep_bf16_weights:
+        found.append("run.keep_bf16_weights=false")
     if not parallel.distributed_optimizer:
         found.append("parallel.distributed_optimizer=true with parallel.dp > 1")
     return [*found, f"a larger parallel.tp ({parallel.tp}) or parallel.pp ({parallel.pp})"]

@@ -22,6 +22,7 @@ from pipeline.engine import Engine, Losses
 from pipeline.errors import NonFiniteError
 from pipeline.model import Model, build_model
 from pipeline.optim import build_optimizer, set_step, wrap_data_parallel
+from pipeline.ternary_gather import TernaryGather
 from pipeline.world import World, raise_together
 
 SAMPLES_NAMED = 8
@@ -81,6 +82,7 @@ class Learner:
         self.news: list[BadChunk] = []
         """Chunks that any rank found to be bad, for whoever tells of them and empties the list."""
         self._ternary: Any = None
+        self._gather = TernaryGather(self.model, self.chunks) if config.parallel.ternary_param_gather else None
         self.consumed_samples = 0
         """Sequences trained on so far."""
 
@@ -103,6 +105,8 @@ class Learner:
         self.model.schedule.step = step
         if self.config.model.dropout:  # random state is a function of the step, so a resume needs none saved
             tensor_parallel.model_parallel_cuda_manual_seed(self.config.run.seed + step, force_reset_rng=True)
+        if self._gather is not None and self.model.schedule.weight_version is None:
+            self._weights_changed()  # so that a resumed run makes its codes as the uninterrupted one did
         plan = self.reader.plan(self.consumed_samples)
         self.optimizer.zero_grad()
         count = len(plan.samples) // training.micro_batch_size
@@ -157,8 +161,11 @@ class Learner:
         return schedule.strength
 
     def _weights_changed(self) -> None:
-        """Let go of the old ternary codes; make the new ones where one launch serves all layers."""
+        """Let go of the old ternary codes; make new ones where ranks share that or one launch serves all layers."""
         version = self.model.schedule.weights_changed()
+        if self._gather is not None:
+            self._gather.refresh(version)
+            return
         if self.world.device.type != "cuda" or self.config.parallel.overlap_param_gather:
             return
         if self._ternary is None:

@@ -76,6 +76,7 @@ def build_model(config: Config, vocab_size: int) -> Model:
     Raises:
         UserError: the GPU cannot compute in the formats of the configuration.
     """
+    _check_transformer_engine(config)
     kernels = _kernels(config)
     transformer = transformer_config(config)
     schedule = Schedule(config.model.qsparse)
@@ -141,6 +142,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         cross_entropy_fusion_impl="te",
         batch_p2p_comm=parallel.vpp == 1,
         **_recompute_options(training.recompute),
+        cpu_offloading=training.offload_layers > 0,
+        cpu_offloading_num_layers=training.offload_layers,
         **_moe_options(model, training.precision),
     )
 
@@ -203,7 +206,21 @@ def _kernels(config: Config) -> Kernels:
             f"model.qsparse.gradients=e4m3 needs a GPU with FP8 (compute capability 8.9 or higher), this is a "
             f"{torch.cuda.get_device_name()} ({'.'.join(map(str, capability))}): use model.qsparse.gradients=full"
         )
-    return kernels_for("cuda", config.run.kernels)
+    return kernels_for("cuda", config.run.kernels, keep_bf16_weights=config.run.keep_bf16_weights)
+
+
+def _check_transformer_engine(config: Config) -> None:
+    """Refuse what only Transformer Engine does, where `run.backend=auto` did not find it."""
+    needed = {
+        f"training.offload_layers={config.training.offload_layers}": (config.training.offload_layers > 0, "0"),
+        "run.cuda_graph=true with model.moe": (config.run.cuda_graph and config.model.moe is not None, "false"),
+    }
+    for what, (is_wanted, instead) in needed.items():
+        if is_wanted and not uses_transformer_engine(config):
+            key = what.split("=")[0]
+            raise UserError(
+                f"{what} needs Transformer Engine on a GPU, which is not here: install it or set {key}={instead}"
+            )
 
 
 def _permutes_fused(config: Config) -> bool:

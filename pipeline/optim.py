@@ -16,7 +16,7 @@ def wrap_data_parallel(model: Model, config: Config) -> list[DistributedDataPara
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.training.precision != "fp64",
         overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_param_gather=_leaves_gather(config),
         use_distributed_optimizer=parallel.distributed_optimizer,
     )
     return [
@@ -42,12 +42,17 @@ def build_optimizer(model: Model, chunks: list[DistributedDataParallel], config:
             bf16=config.training.precision == "bf16",
             params_dtype=DTYPES[config.training.precision],
             use_distributed_optimizer=config.parallel.distributed_optimizer,
-            overlap_param_gather=config.parallel.overlap_param_gather,
+            overlap_param_gather=_leaves_gather(config),
         ),
         chunks,
     )
     _connect_schedules(model.config, chunks, optimizer, config)
     return optimizer
+
+
+def _leaves_gather(config: Config) -> bool:
+    """Whether the optimizer leaves the parameters as they are on each rank, for others to gather."""
+    return config.parallel.overlap_param_gather or config.parallel.ternary_param_gather
 
 
 def _clip_norm(config: Config) -> float:

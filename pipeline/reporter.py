@@ -22,10 +22,8 @@ from pipeline.console import RunConsole, Summary, perplexity
 from pipeline.data.bad_chunks import BadChunk
 from pipeline.data.phases import Phases, resolve_phases
 from pipeline.environment import describe_environment
-from pipeline.figures import plot_run
 from pipeline.learner import StepResult
 from pipeline.metrics import MetricsLog, layer_metric, read_metrics
-from pipeline.moe_figures import plot_expert_load
 from pipeline.ownership import describe
 from pipeline.run_directory import RunDirectory, RunState
 from pipeline.sizes import flops_per_token, memory_estimate, model_size, peak_flops
@@ -218,6 +216,10 @@ class Reporter:
         if not self.directory.metrics.stat().st_size:
             return
         try:
+            # Imported here: only rank 0 draws, once, and matplotlib is a tenth of a rank's start.
+            from pipeline.figures import plot_run
+            from pipeline.moe_figures import plot_expert_load
+
             plot_run(self.directory.metrics, self.directory.figures)
             plot_expert_load(self.directory.metrics, self.directory.figures)
         except Exception as error:  # a run that is trained and saved must not fail for a picture

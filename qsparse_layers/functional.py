@@ -14,7 +14,7 @@ Shapes: x [..., D], weight [O, D], y [..., O]; leading dimensions are [sequence,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,119 +22,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import Activation, Backward, Fused, Kernels, ReferenceKernels, Sharded
-from qsparse_layers.config import LinearFormat, kept_count
+from kernels.dispatch import Backward, Expanded, Sharded
+from qsparse_layers.config import kept_count
+from qsparse_layers.linear_call import Codes, Front, LinearCall, Operand, Sharding
 from qsparse_layers.selection import group_size, topk_mask
 from qsparse_layers.sharded import sharded_codes
-from qsparse_layers.stats import ZeroCounts
-
-
-@dataclass(frozen=True)
-class WeightParts:
-    """How the rows of a fused weight belong to its parts: `groups` repetitions of `sizes` consecutive rows.
-
-    Megatron's q/k/v weight is `groups=query groups, sizes=(queries, key, value)`, its gate/up weight is
-    `groups=1, sizes=(ffn, ffn)`, an ordinary matrix `groups=1, sizes=(O,)`.
-    """
-
-    groups: int
-    sizes: tuple[int, ...]
-
-    def split(self, weight_OD: Tensor) -> tuple[Tensor, ...]:
-        """Views [groups, size, D] of the parts."""
-        return weight_OD.unflatten(0, (self.groups, sum(self.sizes))).split(self.sizes, dim=1)
-
-    def expand(self, value_per_part: Tensor) -> Tensor:
-        """[parts] -> [O], each row with its part's value."""
-        sizes = torch.tensor(self.sizes, device=value_per_part.device)
-        return value_per_part.repeat_interleave(sizes, output_size=sum(self.sizes)).repeat(self.groups)
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """Process groups of one parallel linear layer; None stands for a group of one."""
-
-    weight: dist.ProcessGroup | None = None
-    """Ranks that hold shards of the weight: the ternary scale is a mean over all of them."""
-    features: dist.ProcessGroup | None = None
-    """Ranks that hold shards of the input's features (row parallel): scale and top-K are global."""
-    tokens: dist.ProcessGroup | None = None
-    """Ranks that hold shards of the sequence (sequence parallel): codes are gathered over them."""
-    dgrad: dist.ProcessGroup | None = None
-    """Ranks whose input gradients are summed (column parallel without sequence parallel)."""
-
-
-@dataclass(frozen=True)
-class Front:
-    """What precedes quantization and is computed with it in one pass: an activation function, an RMSNorm, or both."""
-
-    fused: Fused
-    activation: Activation | None
-    eps: float
-    """Of the norm, which there is if a gain is given."""
-
-
-@dataclass(frozen=True)
-class Codes:
-    """A quantized and sparsified input: int8 values [T, D] and float32 scales [T, 1]."""
-
-    values: Tensor
-    scale: Tensor
-
-
-@dataclass(frozen=True)
-class LinearCall:
-    """Everything but the tensors of one forward pass."""
-
-    format: LinearFormat
-    parts: WeightParts
-    sharding: Sharding = field(default_factory=Sharding)
-    sparsity: float = 0.0
-    """Sparsity of this step: the format's, times the warm-up's progress."""
-    quantization: float = 1.0
-    """lambda in x + lambda (q(x) - x); below 1 the product is one of floats."""
-    counts: ZeroCounts | None = None
-    """Where zeros are counted; None when nobody asks."""
-    kernels: Kernels = field(default_factory=ReferenceKernels)
-    """What the products and the sparsification run on."""
-    cache: "TernaryCache | None" = None
-    """Where the codes of the weight are kept between optimizer steps; None: nowhere."""
-    weight_version: int | None = None
-    """Changes whenever the weights do; None: unknown, nothing is kept."""
-
-
-class TernaryCache:
-    """Ternary codes of one weight, good until the weight changes: quantized once per step, not per microbatch."""
-
-    def __init__(self) -> None:
-        self._version: int | None = None
-        self._operand: _Operand | None = None
-
-    def get(self, version: int | None, compute: "Callable[[], _Operand]") -> "_Operand":
-        """The operand of weight version `version`, computed if it is another than the last; None: always computed."""
-        if version is None:
-            return compute()
-        if self._operand is None or version != self._version:
-            self._operand, self._version = compute(), version
-        return self._operand
-
-    def put(self, version: int, codes: Tensor, scale: Tensor) -> None:
-        """Codes [O,D] and scale ([1] or [O, 1]) of weight version `version`, computed elsewhere."""
-        self._operand, self._version = _Operand(codes, scale), version
-
-
-@dataclass(frozen=True)
-class _Operand:
-    """values * scale, values being int8 codes or floats; `scale` None stands for 1."""
-
-    values: Tensor
-    scale: Tensor | None = None
-
-    def dequantize(self, dtype: torch.dtype) -> Tensor:
-        if self.scale is None:
-            return self.values.to(dtype)
-        work = torch.promote_types(dtype, torch.float32)
-        return (self.values.to(work) * self.scale.to(work)).to(dtype)
 
 
 def qsparse_linear(
@@ -144,7 +36,7 @@ def qsparse_linear(
     front: Front | None = None,
     gain: Tensor | None = None,
     *,
-    codes: "Codes | None" = None,
+    codes: Codes | None = None,
 ) -> Tensor:
     """y = X_hat W_hat^T with the format, warm-up and layout of `call`.
 
@@ -175,7 +67,7 @@ class _QSparseLinear(torch.autograd.Function):
     ) -> Tensor:
         rstd, straight_through_scale = None, None
         if codes is not None:
-            x_hat = _Operand(codes.values, codes.scale)
+            x_hat = Operand(codes.values, codes.scale)
         elif front is None:
             x_hat, straight_through_scale = prepare_input(x, call)
         else:
@@ -186,19 +78,22 @@ class _QSparseLinear(torch.autograd.Function):
         full = _gather_tokens(x_hat, call.sharding.tokens)
         w_scale = None if w_hat.scale is None else w_hat.scale.flatten()
         ctx.call, ctx.front, ctx.weight = call, front, weight
+        in_bf16 = (None, None) if w_hat.expanded is None else (w_hat.expanded.values, w_hat.expanded.scale)
         before = () if front is None else (x, gain, rstd)
-        ctx.save_for_backward(x_hat.values, x_hat.scale, w_hat.values, w_scale, straight_through_scale, *before)
+        weights = w_hat.values, w_scale, *in_bf16
+        ctx.save_for_backward(x_hat.values, x_hat.scale, *weights, straight_through_scale, *before)
         return call.kernels.linear(full.values, w_hat.values, x_scale=full.scale, weight_scale=w_scale, dtype=x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
-        values, x_scale, w_values, w_scale, straight_through_scale, *before = ctx.saved_tensors
+        values, x_scale, w_values, w_scale, w_bf16, largest, straight_through_scale, *before = ctx.saved_tensors
         call: LinearCall = ctx.call
         has_rows = grads[0].numel() > 0  # an expert may get no tokens
         e4m3 = call.format.gradients == "e4m3" and call.quantization == 1.0 and has_rows
         full_scale = _gather(x_scale, call.sharding.tokens)
+        expanded = None if w_bf16 is None else Expanded(w_bf16, largest)
         products = call.kernels.backward(
-            grads[0].contiguous(), w_values, weight_scale=w_scale, x_scale=full_scale, e4m3=e4m3
+            grads[0].contiguous(), w_values, weight_scale=w_scale, x_scale=full_scale, e4m3=e4m3, expanded=expanded
         )
         dx, handle = _reduce_input_grad(products.dgrad(), call.sharding)  # in flight while dW is computed
         full_values = _gather(values, call.sharding.tokens)
@@ -227,7 +122,7 @@ def product_again(y: Tensor) -> Callable[[], Tensor] | None:
 
     def compute() -> Tensor:
         values, x_scale, weight, w_scale, *_ = node.saved_tensors
-        full = _gather_tokens(_Operand(values, x_scale), node.call.sharding.tokens)
+        full = _gather_tokens(Operand(values, x_scale), node.call.sharding.tokens)
         return node.call.kernels.linear(full.values, weight, x_scale=full.scale, weight_scale=w_scale, dtype=dtype)
 
     return compute
@@ -245,47 +140,47 @@ def _weight_grad(products: Backward, x: Tensor, x_scale: Tensor | None, weight: 
     return torch.empty_like(weight)  # its hooks run on a gradient; this one is not read
 
 
-def prepare_input(x: Tensor, call: LinearCall) -> tuple[_Operand, Tensor | None]:
+def prepare_input(x: Tensor, call: LinearCall) -> tuple[Operand, Tensor | None]:
     """Quantized and sparsified input, and the factor that the input gradient keeps (L2 rescale) or None."""
     if is_one_pass(call):
-        return _Operand(*call.kernels.sparsify(x, *_kept_of_block(x.shape[-1], call))), None
+        return Operand(*call.kernels.sparsify(x, *_kept_of_block(x.shape[-1], call))), None
     if (sharded := _sharded_kernels(x, call)) is not None:
-        return _Operand(*_sharded_codes(x, call, sharded)), None
-    operand = _Operand(x)
+        return Operand(*_sharded_codes(x, call, sharded)), None
+    operand = Operand(x)
     if call.format.activations == "int8":
         gamma = x.abs().amax(-1, keepdim=True)
         if group_size(call.sharding.features) > 1:
             dist.all_reduce(gamma, op=dist.ReduceOp.MAX, group=call.sharding.features)
         scale = reference.row_scale(gamma)
-        operand = _Operand(reference.absmax_codes(x, scale), scale)
+        operand = Operand(reference.absmax_codes(x, scale), scale)
     operand = _sparse(x, operand, call)
     if call.format.rescale == "l2" and call.sparsity > 0.0:
         scale = _inverse_norm(operand.values, call.sharding.features)
-        return _Operand(operand.values, scale), scale.to(x.dtype)
+        return Operand(operand.values, scale), scale.to(x.dtype)
     return operand, None
 
 
-def _sparse(x: Tensor, operand: _Operand, call: LinearCall) -> _Operand:
+def _sparse(x: Tensor, operand: Operand, call: LinearCall) -> Operand:
     """The operand, or during the warm-up of the quantization x on its way to it, without what is not kept."""
     is_int8 = call.format.activations == "int8"
     spread = call.format.pattern == "topk" and call.format.topk_scope == "global"
     if call.sparsity > 0.0 and not is_int8 and not (spread and group_size(call.sharding.features) > 1):
         kept, block = _kept_of_block(x.shape[-1], call)
         assert kept is not None
-        return _Operand(call.kernels.largest(x, kept, block))
+        return Operand(call.kernels.largest(x, kept, block))
     mask = _sparsity_mask(operand.values, call)
     if call.quantization < 1.0 and is_int8:
-        operand = _Operand(_interpolate(x, operand, call.quantization))
-    return operand if mask is None else _Operand(reference.apply_mask(operand.values, mask), operand.scale)
+        operand = Operand(_interpolate(x, operand, call.quantization))
+    return operand if mask is None else Operand(reference.apply_mask(operand.values, mask), operand.scale)
 
 
 def prepare_fused(
     x: Tensor, gain: Tensor | None, call: LinearCall, front: Front, *, num_features: int
-) -> tuple[_Operand, Tensor | None]:
+) -> tuple[Operand, Tensor | None]:
     """Input after `front`, quantized and sparsified, and 1/rms of the norm or None."""
     kept, block = _kept_of_block(num_features, call)
     codes, scale, rstd = front.fused.sparsify(x, kept, block, activation=front.activation, gain=gain, eps=front.eps)
-    return _Operand(codes, scale), rstd
+    return Operand(codes, scale), rstd
 
 
 def _sharded_kernels(x: Tensor, call: LinearCall) -> Sharded | None:
@@ -334,7 +229,7 @@ def _sparsity_mask(values: Tensor, call: LinearCall) -> Tensor | None:
     return topk_mask(values, kept_count(values.shape[-1] * group_size(group), sparsity), group)
 
 
-def _interpolate(full: Tensor, quantized: _Operand, fraction: float) -> Tensor:
+def _interpolate(full: Tensor, quantized: Operand, fraction: float) -> Tensor:
     return full + fraction * (quantized.dequantize(full.dtype) - full)
 
 
@@ -347,19 +242,20 @@ def _inverse_norm(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return 1.0 / (squares.sqrt() + 1e-6)
 
 
-def prepare_weight(weight: Tensor, call: LinearCall) -> _Operand:
+def prepare_weight(weight: Tensor, call: LinearCall) -> Operand:
     """Ternary codes and the scale of each row [O, 1], or the master weight."""
     if call.format.weights == "full":
-        return _Operand(weight)
-    codes = (
-        call.cache.get(call.weight_version, lambda: _ternary(weight, call)) if call.cache else _ternary(weight, call)
-    )
-    return codes if call.quantization == 1.0 else _Operand(_interpolate(weight, codes, call.quantization))
+        return Operand(weight)
+    is_full = call.quantization == 1.0
+    ternary = partial(_ternary, weight, call)
+    expander = call.expander if is_full else None
+    codes = ternary() if call.cache is None else call.cache.get(call.weight_version, ternary, expander)
+    return codes if is_full else Operand(_interpolate(weight, codes, call.quantization))
 
 
-def _ternary(weight: Tensor, call: LinearCall) -> _Operand:
+def _ternary(weight: Tensor, call: LinearCall) -> Operand:
     scale = ternary_scale(weight, call)
-    return _Operand(reference.ternary_codes(weight, scale), scale)
+    return Operand(reference.ternary_codes(weight, scale), scale)
 
 
 def ternary_scale(weight_OD: Tensor, call: LinearCall) -> Tensor:
@@ -376,11 +272,11 @@ def ternary_scale(weight_OD: Tensor, call: LinearCall) -> Tensor:
     return call.parts.expand(scales).unsqueeze(-1)
 
 
-def _gather_tokens(local: _Operand, group: dist.ProcessGroup | None) -> _Operand:
+def _gather_tokens(local: Operand, group: dist.ProcessGroup | None) -> Operand:
     """All tokens of a sequence-sharded operand: int8 codes and one scale per token travel, not floats."""
     values = _gather(local.values, group)
     assert values is not None
-    return _Operand(values, _gather(local.scale, group))
+    return Operand(values, _gather(local.scale, group))
 
 
 def _gather(x: Tensor | None, group: dist.ProcessGroup | None) -> Tensor | None:

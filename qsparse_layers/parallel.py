@@ -18,16 +18,10 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from kernels.dispatch import Activation, Kernels
+from kernels.dispatch import Activation, Expander, Kernels
 from qsparse_layers.config import LinearFormat
-from qsparse_layers.functional import (
-    Front,
-    LinearCall,
-    Sharding,
-    TernaryCache,
-    WeightParts,
-    qsparse_linear,
-)
+from qsparse_layers.functional import qsparse_linear
+from qsparse_layers.linear_call import Front, LinearCall, Sharding, TernaryCache, WeightParts
 from qsparse_layers.norm import rms_norm, sharded_rms_norm
 from qsparse_layers.schedules import Schedule
 from qsparse_layers.stats import ZeroCounts
@@ -48,11 +42,21 @@ class QSparseLinearMixin:
 
     kernels: Kernels
     cache: TernaryCache
+    is_stacked: bool = False
+    """Its codes are multiplied out of a stack of several layers', which is kept in bf16, if anything is."""
 
     def configure(self, layout: LinearFormat, parts: WeightParts, schedule: Schedule, kernels: Kernels) -> None:
         """Give the layer its format; called once, before the optimizer is built."""
         self.format, self.parts, self.schedule, self.kernels = layout, parts, schedule, kernels
         self.counts, self.cache = ZeroCounts(), TernaryCache()
+
+    @property
+    def expander(self) -> Expander | None:
+        """What brings this layer's ternary codes to bf16 when its weight changes; None: each backward pass does."""
+        expander, is_exact = self.kernels.expander, self.format.gradients == "full"
+        if expander is None or self.format.weights == "full" or not is_exact or self.is_stacked:
+            return None
+        return expander if expander.takes(self.weight) else None
 
     @property
     def _is_megatrons(self) -> bool:
@@ -71,6 +75,7 @@ class QSparseLinearMixin:
             kernels=self.kernels,
             cache=self.cache,
             weight_version=self.schedule.weight_version,
+            expander=self.expander,
         )
 
 

@@ -13,7 +13,7 @@ from torch.nn import Module, ModuleList
 
 from kernels.dispatch import Kernels
 from qsparse_layers.config import LinearFormat, QSparseConfig, layer_format
-from qsparse_layers.functional import WeightParts
+from qsparse_layers.linear_call import WeightParts
 from qsparse_layers.norm import RMSNorm
 from qsparse_layers.parallel import QSparseLinearMixin
 from qsparse_layers.schedules import Schedule

@@ -26,7 +26,7 @@ from pipeline.bench.moe_worker import BOUNDS, SHAPES, Job
 from pipeline.bench.results import Row, extend_csv, markdown_table, read_csv, update_page
 
 BASELINE = "torch._grouped_mm"
-COLUMNS = ("layer", "gpus", "variant", "ms", "q25_ms", "q75_ms", "tokens_per_s_per_gpu", "step_gib", "speedup")
+COLUMNS = ("layer", "gpus", "variant", "ms", "q25_ms", "q75_ms", "tokens_per_s_per_gpu", "step_gib", "timed", "speedup")
 TITLE = "One MoE layer, 16384 tokens per GPU, forward and backward (speed-up over torch._grouped_mm in bf16)"
 
 
@@ -145,10 +145,11 @@ def _table(rows: Sequence[Row]) -> str:
             f"{float(row['ms']):.1f}" + (f" ({float(row['speedup']):.2f}x)" if row["speedup"] else ""),
             f"{float(row['tokens_per_s_per_gpu']):,.0f}",
             row["step_gib"],
+            row["timed"],
         ]
         for row in rows
     ]
-    return markdown_table(["layer", "GPUs", "experts", "ms", "tokens/s/GPU", "GiB on top of weights"], lines)
+    return markdown_table(["layer", "GPUs", "experts", "ms", "tokens/s/GPU", "GiB on top of weights", "timed"], lines)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,13 @@
     python -m pipeline.bench.moe_worker JOB_JSON RESULT_JSON      (with torchrun's environment variables)
 
 Checked on a few tokens: grouped experts against the same experts one after the other (output bit for bit), and against
-the reference kernels, forward and gradients.  Timed: each round runs forward and backward of every variant; the layer
-waits for token counts inside megatron-core's dispatcher, so it is called, not replayed from a graph.
+the reference kernels, forward and gradients.  Timed: each round runs forward and backward of every variant, from a CUDA
+graph where nothing waits for token counts on the host; with several processes they are called, as often on every rank.
 """
 
 import gc
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,10 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.bench.kernels.timing import measure, side_stream
 from pipeline.cpu_backend import install
 
 CHECKED_TOKENS = 512
-REPEATS = 3
+FILL_US = 20_000.0
+"""Time that one timing takes at least, on one GPU."""
 BOUNDS = {"ours exact": 0.02, "ours e4m3": 0.1}
 """Relative errors of outputs and gradients: SubLN summed in another order moves single codes; e4m3 keeps 4 bits."""
 
@@ -65,11 +66,13 @@ def main(job: Job, output: Path) -> None:
     from pipeline.world import parallel_world
 
     shape, size = SHAPES[job.layer], int(os.environ["WORLD_SIZE"])
-    with parallel_world(moe_variants.configuration(shape, job.variants[0], job.device, size)) as world:
+    stream = side_stream()  # a graph is recorded on the stream that autograd has seen
+    config = moe_variants.configuration(shape, job.variants[0], job.device, size)
+    with parallel_world(config) as world, torch.cuda.stream(stream):
         layers, absent = _layers(moe_variants.build, shape, job, size)
         wrong, rows = [], []
         if job.rounds:
-            rows = _rows(layers, shape, job)
+            rows = _rows(layers, shape, job, size, stream)
         else:
             wrong = [message for name, layer in layers.items() for message in _wrong(name, layer, shape, job.device)]
         if world.is_main:
@@ -168,21 +171,23 @@ class _reference_kernels:  # noqa: N801 - a context manager
             linear.kernels = self._kernels
 
 
-def _rows(layers: Mapping[str, Any], shape: Shape, job: Job) -> list[dict[str, str]]:
+def _rows(
+    layers: Mapping[str, Any], shape: Shape, job: Job, size: int, stream: torch.cuda.Stream | None
+) -> list[dict[str, str]]:
+    """Times and memory of each layer, in turns, on `stream`."""
     x, grad = _operands(shape, shape.tokens, job.device)
     calls = {name: _step(layer, x, grad) for name, layer in layers.items()}
     peaks = {name: _peak_bytes(call, job.device) for name, call in calls.items()}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(job.rounds):
-        for name, call in calls.items():
-            samples[name].append(_milliseconds(call, job.device))
+    fill_us = FILL_US if size == 1 else 1.0  # one call: ranks would come to different numbers
+    timings = measure(calls, rounds=job.rounds, fill_us=fill_us, stream=stream, graphs=size == 1)
     rows = []
-    for name, times in samples.items():
-        low, median, high = statistics.quantiles(times * (3 if len(times) == 1 else 1), n=4, method="inclusive")
-        row = {"variant": name, "ms": f"{median:.3f}", "q25_ms": f"{low:.3f}", "q75_ms": f"{high:.3f}"}
-        row |= {"tokens_per_s_per_gpu": f"{shape.tokens / median * 1e3:.0f}", "step_gib": f"{peaks[name] / 2**30:.2f}"}
+    for name, timing in timings.items():
+        low, median, high = (f"{us / 1e3:.3f}" for us in (timing.low, timing.median, timing.high))
+        row = {"variant": name, "ms": median, "q25_ms": low, "q75_ms": high, "timed": timing.how}
+        row |= {"tokens_per_s_per_gpu": f"{shape.tokens / timing.median * 1e6:.0f}"}
+        row |= {"step_gib": f"{peaks[name] / 2**30:.2f}"}
         rows.append(row)
-        _say(f"{job.layer}: {median:.2f} ms, {row['step_gib']} GiB: {name}")
+        _say(f"{job.layer}: {median} ms ({timing.how}), {row['step_gib']} GiB: {name}")
     return rows
 
 
@@ -198,21 +203,6 @@ def _peak_bytes(call: Callable[[], object], device: str) -> int:
     call()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def _milliseconds(call: Callable[[], object], device: str) -> float:
-    """Mean of a few calls, launches included."""
-    if device == "cpu":
-        begin = time.perf_counter()
-        call()
-        return (time.perf_counter() - begin) * 1e3
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(REPEATS):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / REPEATS
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 Prints tokens per second and GPU, time per step, peak memory, MFU against the dense bf16 peak and the loss after the
 steps; then where the time of one step goes, and its memory.  Each variant runs at the shape's micro-batch, as a CUDA
-graph where that works, and then at twice that micro-batch where memory and --total-seconds allow; the faster one is
-shown.  Tokens are random unless --data names a prepared dataset.  `naive` is run.kernels=reference: what the layer
-costs in plain PyTorch.
+graph where that works, and then at twice, four times ... that micro-batch for as long as it gets faster and memory and
+--total-seconds allow; the fastest is shown.  Tokens are random unless --data names a prepared dataset.  `naive` is
+fake quantization in plain PyTorch, as most training code for such models has it.
 """
 
 import argparse
@@ -21,13 +21,23 @@ from rich.console import Console
 
 from pipeline.bench.machine import machine_lines
 from pipeline.bench.results import extend_csv, read_csv, update_page
+from pipeline.bench.train_categories import ACTIVATIONS
 from pipeline.bench.train_ranks import Ranks
-from pipeline.bench.train_report import SHEETS, breakdown_table, draw, kernel_table, memory_table, table
+from pipeline.bench.train_report import (
+    SHEETS,
+    batch_table,
+    breakdown_table,
+    draw,
+    kernel_table,
+    memory_table,
+    scaling_table,
+    table,
+)
 from pipeline.bench.train_variants import SHAPES, VARIANTS, WORKER, Order
 
-_KEYS = ("shape", "variant", "gpus", "micro_batch")
-_ROOM = 0.45
-"""Share of the GPU's memory below which twice the micro-batch is tried."""
+_KEYS = ("shape", "variant", "gpus", "tp", "micro_batch")
+_ROOM = 0.95
+"""Share of the GPU's memory that twice the micro-batch may be expected to take."""
 _EPILOG = """\
 Writes train.csv, train_breakdown.csv, train_memory.csv, train_kernels.csv (the longest kernels) and train.png to
 FOLDER, and the tables of FOLDER.md if that page exists.  Rows that are in the CSV already, from the same machine, day,
@@ -54,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("needs a CUDA GPU, and there is none here (--device cpu --shapes tiny runs anywhere)")
+    if options.gpus % options.tp:
+        parser.error(f"--gpus {options.gpus}: not a multiple of --tp {options.tp}")
     failed = _measure(options, console)
     _draw(options.output, console)
     return 1 if failed else 0
@@ -73,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup-steps", type=int, default=5, metavar="N", help="before that; a graph takes 4 (default: 5)")
     add("--micro-batch", type=int, metavar="N", help="sequences per forward pass, and no other (default: by shape)")
     add("--microbatches", type=int, default=1, metavar="N", help="forward passes per step (default: 1)")
-    add("--gpus", type=int, default=1, metavar="N", help="data-parallel processes (default: 1)")
+    add("--gpus", type=int, default=1, metavar="N", help="processes, data-parallel but for --tp (default: 1)")
+    add("--tp", type=int, default=1, metavar="N", help="tensor-parallel groups of N, sequence-parallel (default: 1)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where (default: cuda)")
     add("--data", metavar="FOLDER", help="prepared dataset instead of random tokens")
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest time for one variant (default: 600)")
@@ -96,6 +109,7 @@ def _measure(options: argparse.Namespace, console: Console) -> bool:
     end = time.monotonic() + options.total_seconds
     present = [(order, _missing(order)) for order in _orders(options)]
     orders, waiting = deque(order for order, missing in present if not missing), None
+    fastest: dict[tuple[str, str], float] = {}
     while orders:
         order = orders.popleft()
         ranks = waiting or _start(order)
@@ -106,15 +120,19 @@ def _measure(options: argparse.Namespace, console: Console) -> bool:
             result: dict[str, Any] | str = f"left out: {options.total_seconds:g} seconds were over"
         else:
             result = ranks.measure(seconds)
-        if isinstance(result, str) and order.cuda_graph and result.startswith("failed") and end > time.monotonic():
+        is_first = (order.shape, order.variant) not in fastest
+        in_time = end > time.monotonic()
+        if isinstance(result, str) and result.startswith("failed") and order.cuda_graph and is_first and in_time:
             console.print(f"{order.shape} {order.variant}, CUDA graph: {result}", markup=False, highlight=False)
             orders.append(order._replace(cuda_graph=False))
             continue
         console.print(book.enter(order, result), markup=False, highlight=False)
-        larger = order._replace(micro_batch_size=2 * order.micro_batch_size)
-        is_first = options.micro_batch is None and order.micro_batch_size == SHAPES[order.shape].micro_batch_size
-        if isinstance(result, dict) and is_first and _has_room(result):
-            orders.append(larger)
+        if options.micro_batch is None and isinstance(result, dict):
+            speed = result["tokens_per_s_per_gpu"]
+            faster = speed > fastest.get((order.shape, order.variant), 0.0)
+            fastest[order.shape, order.variant] = speed
+            if faster and _has_room(result):
+                orders.append(order._replace(micro_batch_size=2 * order.micro_batch_size))
     for order, missing in present:
         if missing:
             console.print(book.enter(order, missing), markup=False, highlight=False)
@@ -126,7 +144,10 @@ def _start(order: Order) -> Ranks:
 
 
 def _missing(order: Order) -> str:
+    """Why an order cannot be measured here; empty if it can."""
     package = VARIANTS[order.variant].package
+    if order.tp > 1 and VARIANTS[order.variant].engine.startswith("fake"):
+        return "left out: needs whole weights, --tp 1"
     return f"not installed: {package}" if package and importlib.util.find_spec(package) is None else ""
 
 
@@ -135,8 +156,8 @@ def _orders(options: argparse.Namespace) -> Iterable[Order]:
     for shape in options.shapes:
         for variant in options.variants:
             yield Order(
-                *(shape, variant, options.device, options.gpus),
-                micro_batch_size=options.micro_batch or SHAPES[shape].micro_batch_size,
+                *(shape, variant, options.device, options.gpus, options.tp),
+                micro_batch_size=options.micro_batch or SHAPES[shape].micro_batch_size * options.tp,
                 microbatches=options.microbatches,
                 steps=options.steps,
                 warmup_steps=options.warmup_steps,
@@ -146,11 +167,13 @@ def _orders(options: argparse.Namespace) -> Iterable[Order]:
 
 
 def _has_room(result: Mapping[str, Any]) -> bool:
+    """Whether twice the activations fit."""
     import torch
 
-    return torch.cuda.is_available() and (
-        result["peak_gib"] * 2**30 < _ROOM * torch.cuda.get_device_properties(0).total_memory
-    )
+    if not torch.cuda.is_available():
+        return False
+    doubled = result["peak_gib"] + result["memory"][ACTIVATIONS]
+    return doubled * 2**30 < _ROOM * torch.cuda.get_device_properties(0).total_memory
 
 
 class _Book:
@@ -164,9 +187,9 @@ class _Book:
 
     def enter(self, order: Order, result: Mapping[str, Any] | str) -> str:
         """Write a result, or why there is none; returns a line that tells it."""
-        keys = {"shape": order.shape, "variant": order.variant, "gpus": order.gpus}
+        keys = {"shape": order.shape, "variant": order.variant, "gpus": order.gpus, "tp": order.tp}
         keys["micro_batch"] = order.micro_batch_size
-        is_first = order.micro_batch_size <= SHAPES[order.shape].micro_batch_size
+        is_first = order.micro_batch_size <= SHAPES[order.shape].micro_batch_size * order.tp
         row = _row(order, result)
         if isinstance(result, str):
             self.failed |= is_first and result.startswith("failed")
@@ -192,7 +215,7 @@ class _Book:
 
 def _row(order: Order, result: Mapping[str, Any] | str) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(SHEETS["train"], "")
-    row |= {"shape": order.shape, "variant": order.variant, "gpus": order.gpus}
+    row |= {"shape": order.shape, "variant": order.variant, "gpus": order.gpus, "tp": order.tp}
     row |= {"micro_batch": order.micro_batch_size, "microbatches": order.microbatches}
     if isinstance(result, str):
         return row | {"absent": result}
@@ -206,23 +229,24 @@ def _draw(folder: Path, console: Console) -> int:
     head, _ = read_csv(folder / "train.csv")
     sheets = {name: read_csv(folder / f"{name}.csv").rows for name in SHEETS}
     draw(sheets, folder / "train.png")
-    tables = [
-        table(sheets["train"]),
-        breakdown_table(sheets["train"], sheets["train_breakdown"]),
-        memory_table(sheets["train"], sheets["train_memory"]),
-        kernel_table(sheets["train"], sheets["train_kernels"]),
-    ]
-    for text in tables:
+    rows = sheets["train"]
+    tables = {
+        "": table(rows),
+        "By sequences per micro-batch (speed and memory against `dense` at the same):": batch_table(rows),
+        "Milliseconds of one step:": breakdown_table(rows, sheets["train_breakdown"]),
+        "GiB at the peak:": memory_table(rows, sheets["train_memory"]),
+        "The longest kernels of a step:": kernel_table(rows, sheets["train_kernels"]),
+        "On several GPUs, as many sequences per GPU:": scaling_table(rows),
+    }
+    for text in tables.values():
         console.print(text, markup=False, highlight=False)
     page = folder.with_suffix(".md")
     if page.is_file():
         source = f"{'; '.join(head)}. All numbers: " + ", ".join(
             f"[{name}.csv]({folder.name}/{name}.csv)" for name in SHEETS
         )
-        titles = ["Milliseconds of one step:", "GiB at the peak:", "The longest kernels of a step:"]
-        parts = [tables[0], f"![Training steps]({folder.name}/train.png)"]
-        for title, text in zip(titles, tables[1:], strict=True):
-            parts += [title, text]
+        parts = [part for title, text in tables.items() if text for part in (title, text) if part]
+        parts.insert(1, f"![Training steps]({folder.name}/train.png)")
         for name in update_page(page, {"train": "\n\n".join([*parts, f"{source}."])}):
             console.print(f"{page} has no place for '{name}': <!-- bench: {name} --> and <!-- end -->", markup=False)
     return 0

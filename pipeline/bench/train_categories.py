@@ -1,4 +1,4 @@
-"""What a kernel or operator of a training step does, by its name."""
+"""What a kernel or operator of a training step does, by its name; and what its memory holds."""
 
 import re
 
@@ -8,11 +8,13 @@ CATEGORIES = (
     ("attention", r"attention|attn|flash|fmha|sdpa|mha|rope|rotary"),
     ("sparsify, quantize", r"sparsif|quantiz|ternar|codes|row_sums|part_sums|transpose_|gradient_scale|_fused_kernel"),
     ("norm, activation", r"norm|silu|swiglu|geglu|relu|_activation_kernel|dgain|dgamma"),
-    ("GEMM", r"gemm|nvjet|cutlass|xmma|wgmma|splitk|::mm$|::addmm$|::bmm$|mkldnn_linear|_hopper_"),
+    ("GEMM", r"gemm|^_grouped_kernel$|nvjet|cutlass|xmma|wgmma|splitk|::mm$|::addmm$|::bmm$|mkldnn_linear|_hopper_"),
     ("sort, top-K", r"sort|topk|scatter|histogram"),
 )
 """First match wins; what none matches is `elementwise and other`."""
 OTHER = "elementwise and other"
+WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
+BUFFERS, ACTIVATIONS = "codes and buffers", "activations"
 
 
 def category(name: str) -> str:

@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.bench.train_categories import ACTIVATIONS, BUFFERS, GRADIENTS, OPTIMIZER, WEIGHTS
 from pipeline.learner import Learner
-
-WEIGHTS, GRADIENTS, OPTIMIZER = "weights", "gradients", "optimizer"
-BUFFERS, ACTIVATIONS = "codes and buffers", "activations"
 
 
 def memory_by_category(learner: Learner) -> dict[str, int]:

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.bench.kernels.drawing import COLORS, panels, save, unique
 from pipeline.bench.results import Row, markdown_table
 
-_WHAT = ("shape", "variant", "gpus", "micro_batch")
+_WHAT = ("shape", "variant", "gpus", "tp", "micro_batch")
 SHEETS = {
     "train": (
         *(*_WHAT, "microbatches", "cuda_graph", "tokens_per_s_per_gpu"),
@@ -21,6 +21,8 @@ SHEETS = {
 PROFILED = ("dense", "qsparse-bitnet", "qsparse-bitnet-fast")
 """Variants whose longest kernels are on the page, of the last shape."""
 KERNELS_SHOWN = 12
+BASELINES = ("dense", "te-bf16")
+"""What ratios compare with: the faster of the two."""
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -28,7 +30,7 @@ def table(rows: Sequence[Row]) -> str:
     header = ["shape", "variant", "tokens/s/GPU", "against dense", "ms/step (quartiles)", "peak GiB", "MFU", "loss"]
     header += ["micro-batch", "CUDA graph"]
     lines = []
-    for row in best(rows):
+    for row in best(_one_layout(rows)):
         name = [row["shape"], row["variant"]]
         if row["absent"]:
             lines.append([*name, row["absent"], *[""] * 7])
@@ -42,13 +44,19 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def best(rows: Sequence[Row]) -> list[Row]:
-    """Of each shape, variant and number of GPUs the row of the micro-batch that was fastest."""
+    """Of each shape, variant and layout the row of the micro-batch that was fastest."""
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        key = (row["shape"], row["variant"], row["gpus"])
+        key = (row["shape"], row["variant"], row["gpus"], row["tp"])
         if key not in found or _rate(row) > _rate(found[key]):
             found[key] = row
     return list(found.values())
+
+
+def _one_layout(rows: Sequence[Row]) -> list[Row]:
+    """Those on the fewest GPUs; the others are in `scaling_table`."""
+    layouts = unique(rows, "gpus")
+    return [row for row in rows if row["gpus"] == min(layouts, key=int)]
 
 
 def _rate(row: Row) -> float:
@@ -56,15 +64,62 @@ def _rate(row: Row) -> float:
 
 
 def _against_dense(row: Row, rows: Sequence[Row]) -> str:
-    """Ratio of tokens per second to the dense model of the same shape and GPUs; empty without one."""
-    dense = [one for one in best(rows) if (one["shape"], one["gpus"]) == (row["shape"], row["gpus"])]
-    rates = [_rate(one) for one in dense if one["variant"] == "dense" and not one["absent"]]
-    return f"{_rate(row) / rates[0]:.3f}" if rates else ""
+    """Ratio of tokens per second to the fastest dense bf16 model of the same shape and GPUs; empty without one."""
+    place = _place(row)
+    dense = [_rate(one) for one in rows if _place(one) == place and one["variant"] in BASELINES]
+    return f"{_rate(row) / max(dense):.3f}" if any(dense) else ""
+
+
+def _place(row: Row) -> tuple[str, ...]:
+    return row["shape"], row["gpus"], row["tp"]
+
+
+def scaling_table(rows: Sequence[Row]) -> str:
+    """Weak scaling: tokens per second and GPU on several GPUs, over those on one with as many sequences per GPU."""
+    alone = {
+        (row["shape"], row["variant"], int(row["micro_batch"])): row
+        for row in rows
+        if row["gpus"] == "1" and not row["absent"]
+    }
+    lines = []
+    for row in rows:
+        if row["gpus"] == "1" or row["absent"]:
+            continue
+        gpus, tp = int(row["gpus"]), int(row["tp"])
+        one = alone.get((row["shape"], row["variant"], int(row["micro_batch"]) // tp))
+        layout = " ".join(f"{name}={size}" for name, size in (("DP", gpus // tp), ("TP", tp)) if size > 1)
+        efficiency = "" if one is None else f"{_rate(row) / _rate(one):.1%}"
+        lines.append([row["shape"], row["variant"], layout, row["micro_batch"], f"{_rate(row):,.0f}", efficiency])
+        lines[-1] += [row["peak_gib"], row["cuda_graph"]]
+    header = ["shape", "variant", "layout", "micro-batch", "tokens/s/GPU", "of one GPU's", "peak GiB", "CUDA graph"]
+    return markdown_table(header, lines) if lines else ""
+
+
+def batch_table(rows: Sequence[Row]) -> str:
+    """A line per shape and variant, a column per micro-batch: tokens per second and peak GiB, against `dense`."""
+    rows = _one_layout(rows)
+    batches = sorted(unique(rows, "micro_batch"), key=int)
+    found = {(row["shape"], row["variant"], row["micro_batch"]): row for row in rows if not row["absent"]}
+    lines = []
+    for shape, variant in dict.fromkeys((row["shape"], row["variant"]) for row in rows):
+        cells = []
+        for batch in batches:
+            row, dense = found.get((shape, variant, batch)), found.get((shape, "dense", batch))
+            cells.append("" if row is None else _rate_and_memory(row, dense))
+        lines.append([shape, variant, *cells])
+    return markdown_table(["shape", "variant", *(f"micro-batch {batch}" for batch in batches)], lines)
+
+
+def _rate_and_memory(row: Row, dense: Row | None) -> str:
+    rate, gib = _rate(row), float(row["peak_gib"])
+    if dense is None:
+        return f"{rate:,.0f}, {gib} GiB"
+    return f"{rate:,.0f} ({rate / _rate(dense):.2f}x), {gib} GiB ({gib / float(dense['peak_gib']) - 1:+.0%})"
 
 
 def _of_best(rows: Sequence[Row], parts: Sequence[Row]) -> list[Row]:
-    """Those of `parts` that belong to the best rows."""
-    wanted = {tuple(row[key] for key in _WHAT) for row in best(rows)}
+    """Those of `parts` that belong to the best rows of one layout."""
+    wanted = {tuple(row[key] for key in _WHAT) for row in best(_one_layout(rows))}
     return [part for part in parts if tuple(part[key] for key in _WHAT) in wanted]
 
 
@@ -104,7 +159,7 @@ def kernel_table(rows: Sequence[Row], kernels: Sequence[Row]) -> str:
 
 def draw(sheets: Mapping[str, Sequence[Row]], path: Path) -> None:
     """Tokens per second, where the time of a step goes, and where its memory, of each shape."""
-    rows = sheets["train"]
+    rows = _one_layout(sheets["train"])
     shapes = unique(rows, "shape")
     figure, axes = panels(4 * len(shapes), width=7.0)
     for number, shape in enumerate(shapes):

@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pipeline.bench.train_categories import CATEGORIES, OTHER, category
 from pipeline.bench.train_memory import memory_by_category
+from pipeline.bench.train_naive import use_fake_quantization
 from pipeline.bench.train_variants import SHAPES, VARIANTS, Order
 from pipeline.config import Config
 from pipeline.data.loader import open_windows
@@ -78,12 +79,15 @@ def _learner(order: Order, config: Config, world: World) -> Learner:
     data: Any = RandomTokens(vocab_size, length)
     if order.data is not None:
         data = open_windows(order.data, "train", seq_length=length)
-    engine = VARIANTS[order.variant].engine
+    variant = VARIANTS[order.variant]
+    engine = variant.engine
     if engine.startswith("te-"):
         model = te_model(config, vocab_size, fp8=engine == "te-fp8")
     else:
         model = build_model(config, vocab_size)
-    if engine == "compiled":
+    if engine.startswith("fake"):
+        use_fake_quantization(model, variant.sparsity)
+    if engine == "fake-compiled":
         for chunk in model.chunks:
             for layer in unwrap(chunk).decoder.layers:
                 layer.compile(dynamic=False)

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 from pipeline.config import Config
 
 WORKER = "pipeline.bench.train_worker"
+NAIVE = {"sub_norm": True}
 BITNET = {"weights": "ternary", "activations": "int8", "sub_norm": True}
 
 
@@ -13,13 +14,18 @@ class Variant(NamedTuple):
 
     summary: str
     qsparse: dict[str, Any]
-    kernels: str = "auto"
-    engine: Literal["ours", "compiled", "te-bf16", "te-fp8"] = "ours"
-    """`compiled`: with torch.compile around each transformer layer; `te-...`: Transformer Engine's model."""
+    engine: Literal["ours", "fake", "fake-compiled", "te-bf16", "te-fp8"] = "ours"
+    """`fake`: `train_naive`; `-compiled`: torch.compile around each layer; `te-...`: Transformer Engine's model."""
+    sparsity: float = 0.0
+    """Of `fake`."""
     package: str = ""
     """What has to be installed."""
     cuda_graph: bool = True
     """Whether to try `run.cuda_graph` first; what cannot be captured is measured without."""
+    recompute: str = "none"
+    """`training.recompute`."""
+    experts: int = 0
+    """Each of half the feed-forward width, two per token: as many activated parameters as the dense model has."""
 
 
 VARIANTS = {
@@ -36,21 +42,25 @@ VARIANTS = {
     "bitnet": Variant("ternary weights, 8-bit activations", BITNET),
     "qsparse-bitnet": Variant("top-K 50%, ternary weights, 8-bit activations", {"sparsity": 0.5, **BITNET}),
     "qsparse-bitnet-fast": Variant("the same with gradients=e4m3", {"sparsity": 0.5, "gradients": "e4m3", **BITNET}),
+    "qsparse-bitnet-lean": Variant(
+        "fast, and training.recompute=up_projection: less memory",
+        {"sparsity": 0.5, "gradients": "e4m3", **BITNET},
+        recompute="up_projection",
+    ),
+    "qsparse-bitnet-moe": Variant(
+        "fast, 8 experts of half the width, 2 per token",
+        {"sparsity": 0.5, "gradients": "e4m3", **BITNET},
+        experts=8,
+    ),
     "block": Variant(
         "16:32 with gradients=e4m3",
         {"sparsity": 0.5, "pattern": "block", "block_size": 32, "gradients": "e4m3", **BITNET},
     ),
     "qsparse": Variant("top-K 50%, weights and activations in bf16", {"sparsity": 0.5}),
-    "naive": Variant(
-        "as qsparse-bitnet, on run.kernels=reference: plain PyTorch", {"sparsity": 0.5, **BITNET}, kernels="reference"
-    ),
-    "naive-compiled": Variant(
-        "naive, each transformer layer compiled by torch.compile",
-        {"sparsity": 0.5, **BITNET},
-        kernels="reference",
-        engine="compiled",
-        cuda_graph=False,
-    ),
+    "naive-bitnet": Variant("the usual BitNet training code, fake quantization in bf16", NAIVE, engine="fake"),
+    "naive-bitnet-compiled": Variant("the same, each transformer layer compiled", NAIVE, engine="fake-compiled"),
+    "naive": Variant("the usual code with top-K 50%", NAIVE, engine="fake", sparsity=0.5),
+    "naive-compiled": Variant("the same, each transformer layer compiled", NAIVE, engine="fake-compiled", sparsity=0.5),
 }
 
 
@@ -60,7 +70,7 @@ class Shape(NamedTuple):
     model: dict[str, int]
     seq_length: int
     micro_batch_size: int
-    """That fits every variant into 80 GB; twice of it is tried where half of the memory was enough."""
+    """That fits every variant into 80 GB; doubled where that fits and for as long as it makes a variant faster."""
     vocab_size: int
 
 
@@ -90,6 +100,7 @@ class Order(NamedTuple):
     variant: str
     device: str
     gpus: int
+    tp: int
     micro_batch_size: int
     microbatches: int
     steps: int
@@ -99,22 +110,29 @@ class Order(NamedTuple):
 
     def config(self) -> Config:
         """The run that is measured."""
-        shape, variant = SHAPES[self.shape], VARIANTS[self.variant]
+        shape, variant, dp = SHAPES[self.shape], VARIANTS[self.variant], self.gpus // self.tp
+        model: dict[str, Any] = {**shape.model, "vocab_size": shape.vocab_size, "qsparse": variant.qsparse}
+        if variant.experts:
+            width = shape.model["ffn_hidden_size"] // 2
+            model["moe"] = {"num_experts": variant.experts, "top_k": 2, "ffn_hidden_size": width}
         return Config.model_validate(
             {
-                "run": {"device": self.device, "kernels": variant.kernels, "cuda_graph": self.cuda_graph},
-                "model": {**shape.model, "vocab_size": shape.vocab_size, "qsparse": variant.qsparse},
+                "run": {"device": self.device, "cuda_graph": self.cuda_graph},
+                "model": model,
                 "parallel": {
-                    "dp": self.gpus,
-                    "distributed_optimizer": self.gpus > 1,
-                    "overlap_grad_reduce": self.gpus > 1,
+                    "dp": dp,
+                    "tp": self.tp,
+                    "sequence_parallel": self.tp > 1,
+                    "distributed_optimizer": dp > 1,
+                    "overlap_grad_reduce": dp > 1,
                 },
                 "training": {
                     "steps": self.warmup_steps + self.steps + 1,
                     "micro_batch_size": self.micro_batch_size,
-                    "global_batch_size": self.micro_batch_size * self.microbatches * self.gpus,
+                    "global_batch_size": self.micro_batch_size * self.microbatches * dp,
                     "seq_length": shape.seq_length,
                     "precision": "bf16",
+                    "recompute": variant.recompute,
                     "eval_interval": 0,
                 },
                 "optimizer": {"warmup_steps": 0, "schedule": "constant", "lr": 3e-4},

@@ -130,7 +130,8 @@ class _LayerTime:
         moved = (rows + 8 * weights) / count  # dW is added to float32: read and written
         dw = product(self._rates, for_dw, outputs, inputs * (grouped or 1), per_expert, moved)
         self._backward["GEMM"] += count * dw
-        passes = _operand_bytes(linear, t * inputs, t * outputs, weights)
+        made = 0.0 if self._config.run.keep_bf16_weights and linear.is_exact else weights
+        passes = _operand_bytes(linear, t * inputs, t * outputs, made)
         self._backward["sparsify, quantize"] += passes / self._rates.bandwidth
 
     def _front(self, linear: Linear, t: float, shards: int, branches: int = 0) -> None:
@@ -173,4 +174,4 @@ def _operand_bytes(linear: Linear, inputs: float, outputs: float, weights: float
     """Moved to make the operands of the backward products: 8-bit and transposed, or bf16 from codes."""
     if linear.format.gradients == "e4m3":
         return 6 * outputs + 2 * inputs + 2 * weights
-    return 3 * inputs * linear.is_int8 + 3 * weights * (linear.format.weights == "ternary")
+    return 3 * inputs * linear.is_int8 + 3 * weights * linear.is_ternary

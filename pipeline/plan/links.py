@@ -34,7 +34,7 @@ class Traffic:
     in_bf16: float
     """If activations travelled in bf16."""
     with_2bit: float
-    """If ternary weights were gathered in 2-bit codes, too (which the code does not do)."""
+    """With `parallel.ternary_param_gather`, as the code sends them."""
     seconds: float
     hidden_by: str = ""
     """What it can run beside: `weight gradient`, `backward`, `forward`, or nothing."""
@@ -184,9 +184,7 @@ def step_traffic(config: Config, layout: Layout, layers: Layers, stage: int, net
         seconds = network.collective(reduced, size, step)
         gradients = gradients.plus(Traffic("", reduced, reduced, reduced, seconds))
         if parallel.distributed_optimizer:
-            gathered, small = BF16 * count * share, (BF16 * (count - ternary) + ternary / 4) * share
-            seconds = network.collective(gathered, size, step)
-            weights = weights.plus(Traffic("", gathered, gathered, small, seconds))
+            weights = weights.plus(_parameters(count, ternary, size, step, config, network))
     found = [gradients, weights]
     if layout.pp > 1:
         rows = layout.local_tokens * config.model.hidden_size * BF16
@@ -194,3 +192,15 @@ def step_traffic(config: Config, layout: Layout, layers: Layers, stage: int, net
         count = 2 * layout.microbatches * layout.vpp
         found.append(Traffic("pipeline: activations", rows, rows, rows, seconds).times(count))
     return found
+
+
+def _parameters(count: int, ternary: int, size: int, step: int, config: Config, network: Network) -> Traffic:
+    """The gather after an optimizer step.  With 2-bit codes, the rank that holds most of the others deals them out."""
+    share = (size - 1) / size
+    in_bf16, codes = BF16 * count * share, ternary / 4 * share
+    others, dealt = BF16 * (count - ternary) * share, BF16 * min(count - ternary, count / size) * share
+    small = codes + others + dealt
+    if not config.parallel.ternary_param_gather:
+        return Traffic("", in_bf16, in_bf16, small, network.collective(in_bf16, size, step))
+    seconds = sum(network.collective(part, size, step) for part in (codes, others))
+    return Traffic("", small, in_bf16, small, seconds + network.all_to_all(dealt, size, step))

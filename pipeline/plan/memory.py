@@ -2,7 +2,8 @@
 
 States per parameter, bf16 training: 2 bytes of weight, 4 of gradient, 4 of master weight, 8 of Adam's moments; the
 last 12 are shared out over replicas by the distributed optimizer (ZeRO-1, arXiv 1910.02054 sec. 5).  Ternary weights
-have one byte more, their int8 codes, and those of grouped experts two (the codes of each and the stack of all).
+have one byte more, their int8 codes, and those of grouped experts two (the codes of each and the stack of all);
+`run.keep_bf16_weights` adds two to each.
 
 What a layer saves is counted tensor by tensor, as the autograd functions of `qsparse_layers` and `moe` save it, rather
 than by the formula of arXiv 2205.05198 eq. 2, which knows neither codes nor fused passes.  Legend: t tokens of a
@@ -58,6 +59,8 @@ def stage_parameters(config: Config, layout: Layout, layers: Layers, stage: int)
         experts=total.experts // (layout.ep * layout.etp),
         ternary=total.ternary // layout.tp,
         ternary_experts=total.ternary_experts // (layout.ep * layout.etp),
+        exact=total.exact // layout.tp,
+        exact_experts=total.exact_experts // (layout.ep * layout.etp),
     )
 
 
@@ -89,9 +92,10 @@ def _states(config: Config, layout: Layout, owned: Parameters) -> tuple[dict[str
     shard = float(dense + owned.experts)
     if config.parallel.distributed_optimizer:
         shard = dense / layout.replicas + owned.experts / layout.expert_replicas
+    in_bf16 = BF16 * config.run.keep_bf16_weights * (owned.exact + owned.exact_experts)
     states = {
         "weights": BF16 * (dense + owned.experts),
-        "ternary codes": owned.ternary + 2 * owned.ternary_experts,
+        "ternary codes": owned.ternary + 2 * owned.ternary_experts + in_bf16,
         "gradients": 4 * (dense + owned.experts),
         "master weights": 4 * shard,
         "Adam moments": 8 * shard,

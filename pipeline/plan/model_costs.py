@@ -30,9 +30,19 @@ class Linear(NamedTuple):
         return self.format.activations == "int8"
 
     @property
+    def is_ternary(self) -> bool:
+        """The weight is ternary codes."""
+        return self.format.weights == "ternary"
+
+    @property
+    def is_exact(self) -> bool:
+        """Ternary codes whose backward pass multiplies bf16 gradients."""
+        return self.is_ternary and self.format.gradients == "full"
+
+    @property
     def is_8bit(self) -> bool:
         """Forward product of codes by ternary codes."""
-        return self.is_int8 and self.format.weights == "ternary"
+        return self.is_int8 and self.is_ternary
 
     @property
     def activated(self) -> float:
@@ -85,6 +95,9 @@ class Parameters(NamedTuple):
     ternary: int = 0
     """Of `sharded`, those with ternary codes."""
     ternary_experts: int = 0
+    exact: int = 0
+    """Of `ternary`, those with an exact backward pass, which `run.keep_bf16_weights` serves."""
+    exact_experts: int = 0
 
     def plus(self, other: "Parameters", count: int = 1) -> "Parameters":
         """The sum with `count` times `other`."""
@@ -136,13 +149,17 @@ def layer_parameters(layer: Layer, hidden: int) -> Parameters:
     gains = sum(linear.inputs for linear, experts in pairs if linear.format.sub_norm and not experts)
     total = total.plus(Parameters(sharded=gains))
     for linear in (layer.qkv, layer.proj, *(part for ffn in layer.ffns if not ffn.experts for part in ffn[:2])):
-        is_ternary = linear.format.weights == "ternary"
-        total = total.plus(Parameters(sharded=linear.size, ternary=linear.size * is_ternary))
+        ternary, exact = linear.size * linear.is_ternary, linear.size * linear.is_exact
+        total = total.plus(Parameters(sharded=linear.size, ternary=ternary, exact=exact))
     if (experts := layer.experts) is not None:
         gains = experts.down.inputs if experts.down.format.sub_norm else 0
         size, count = experts.up.size + experts.down.size, experts.experts
-        ternary = sum(part.size for part in experts[:2] if part.format.weights == "ternary")
-        routed = Parameters(experts=count * (size + gains), ternary_experts=count * ternary, replicated=count * hidden)
+        routed = Parameters(
+            experts=count * (size + gains),
+            ternary_experts=count * sum(part.size * part.is_ternary for part in experts[:2]),
+            exact_experts=count * sum(part.size * part.is_exact for part in experts[:2]),
+            replicated=count * hidden,
+        )
         total = total.plus(routed)
     return total
 

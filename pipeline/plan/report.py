@@ -85,7 +85,7 @@ def traffic_table(item: Estimate) -> str:
     rows = [[t.kind, *(f"{n / 1e6:,.1f}" for n in (t.sent, t.in_bf16, t.with_2bit))] for t in item.traffic]
     totals = (sum(getattr(t, name) for t in item.traffic) / 1e6 for name in ("sent", "in_bf16", "with_2bit"))
     rows.append(["all", *(f"{total:,.1f}" for total in totals)])
-    return markdown_table(("MB per GPU and step", "sent", "all activations in bf16", "parameters in 2 bits"), rows)
+    return markdown_table(("MB per GPU and step", "sent", "all activations in bf16", "with ternary_param_gather"), rows)
 
 
 def _title(config: Config, original: Config, cluster: Cluster) -> str:

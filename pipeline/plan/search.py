@@ -245,12 +245,14 @@ def _completed(config: Config, fixed: Collection[str], can_capture: bool, change
     tp, dp = changes["parallel.tp"], changes["parallel.dp"]
     can_capture = can_capture and changes["parallel.pp"] == 1 and changes["training.recompute"] != "full"
     graph = config.run.cuda_graph if "run.cuda_graph" in fixed else can_capture
+    in_codes = dp > 1 and config.parallel.ternary_param_gather
     follow = {
         "run.cuda_graph": graph,
         "parallel.sequence_parallel": tp > 1,
         "parallel.distributed_optimizer": dp > 1,
         "parallel.overlap_grad_reduce": dp > 1,
-        "parallel.overlap_param_gather": dp > 1 and not graph,
+        "parallel.ternary_param_gather": in_codes,
+        "parallel.overlap_param_gather": dp > 1 and not graph and not in_codes,
     }
     return _changed(config, changes | {key: value for key, value in follow.items() if key not in fixed})
 

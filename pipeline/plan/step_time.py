@@ -23,6 +23,8 @@ CATEGORIES = (
 _ADAM_TE, _ADAM_LOCAL = 46, 98
 """Bytes per parameter: norm, clip, Adam and the copy to bf16."""
 _ZERO_GRADIENT = 4
+_CODES, _UNPACKED = 5, 1.25
+"""Per ternary weight: codes from bf16; codes from or to 2 bits."""
 _LOSS = 12
 """Per logit: the loss forward and backward."""
 
@@ -113,7 +115,13 @@ def _once(config: Config, layout: Layout, owned: Parameters, rates: Rates) -> Co
     moved = per_parameter * shard + _ZERO_GRADIENT * (dense + owned.experts)
     costs = Costs({"optimizer": moved / rates.bandwidth, "launches, host": rates.step_overhead})
     # The mean is read first, then the weight again; stacks of experts are copies.
-    codes = 5 * owned.ternary + 7 * owned.ternary_experts
+    codes: float = _CODES * owned.ternary + (_CODES + 2) * owned.ternary_experts
+    if config.parallel.ternary_param_gather:  # made and packed by whoever has updated the weight, unpacked by all
+        codes = _UNPACKED * owned.ternary + (_UNPACKED + 2) * owned.ternary_experts
+        made = owned.ternary / layout.replicas + owned.ternary_experts / layout.expert_replicas
+        codes += (_CODES + _UNPACKED) * made
+    if config.run.keep_bf16_weights:  # written beside the codes, or read again from the stack
+        codes += 2 * owned.exact + 3 * owned.exact_experts
     costs["sparsify, quantize"] = codes / rates.bandwidth
     return costs
 

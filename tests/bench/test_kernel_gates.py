@@ -57,6 +57,7 @@ class Distorted:
     what: str
     factor: float
     fused = None
+    expander = None
 
     def sparsify(self, x, kept, block):
         return ReferenceKernels().sparsify(x, kept, block)
@@ -87,6 +88,11 @@ def test_layer_gate(what, wrong):
     names = failed(case.checks())
     assert len(names) == wrong
     assert all({"y": "output", "dx": "dX", "dw": "dW"}[what] in name for name in names)
+
+
+def test_layer_gate_wants_the_same_bits_from_kept_weights():
+    case = LayerCase(64, 48, 32, "cpu", kernels=ReferenceKernels(), keeping=Distorted("dx", 1.02))
+    assert failed(case.checks()) == ["ours exact, bf16 weights kept: the bits of ours exact"]
 
 
 def test_a_value_that_is_no_number_is_red():

@@ -9,6 +9,8 @@ from qsparse_layers.config import LayerRule, matching_rule
 
 BLOCK = "model.qsparse={sparsity: 0.5, pattern: block}"
 MOE = "model.moe={num_experts: 4}"
+GATHER = "parallel={ternary_param_gather: true, distributed_optimizer: true}"
+TERNARY = ["model.qsparse.weights=ternary", "training.precision=bf16"]
 
 BROKEN = [
     (
@@ -91,6 +93,31 @@ BROKEN = [
         "parallel.overlap_param_gather=true needs parallel.distributed_optimizer=true: without it there is "
         "nothing to gather",
     ),
+    (
+        ["training.offload_layers=4", "model.num_layers=4"],
+        "training.offload_layers=4: the last of model.num_layers=4 stays on the GPU; set training.offload_layers=3 or "
+        "less",
+    ),
+    (
+        ["training.offload_layers=1", "training.recompute=full"],
+        "training.offload_layers=1 does not work with training.recompute=full: set training.recompute=none or "
+        "training.offload_layers=0",
+    ),
+    (
+        [*TERNARY, "parallel.ternary_param_gather=true"],
+        "parallel.ternary_param_gather=true needs parallel.distributed_optimizer=true: without it there is "
+        "nothing to gather",
+    ),
+    (
+        [*TERNARY, GATHER, "parallel.overlap_param_gather=true"],
+        "parallel.ternary_param_gather=true does not work with parallel.overlap_param_gather=true: codes are "
+        "gathered before the forward pass; set one of them false",
+    ),
+    (
+        [GATHER],
+        "parallel.ternary_param_gather=true needs model.qsparse.weights=ternary or a rule that sets it: no layer "
+        "has ternary weights",
+    ),
     (["parallel.ep=2"], "parallel.ep=2 needs model.moe: there are no experts"),
     (["parallel.etp=1"], "parallel.etp=1 needs model.moe: there are no experts"),
     ([MOE, "parallel.ep=3"], "model.moe.num_experts=4 is not divisible by parallel.ep=3"),
@@ -119,6 +146,21 @@ BROKEN = [
     (
         ["optimizer.schedule=wsd", "optimizer.wsd_decay_share=0.95"],
         "optimizer.warmup_steps=20 and optimizer.wsd_decay_share=0.95 overlap in training.steps=200",
+    ),
+    (
+        [*TERNARY, "run.keep_bf16_weights=true", "run.kernels=reference"],
+        "run.keep_bf16_weights=true has no effect with run.kernels=reference: set run.kernels=auto or "
+        "run.keep_bf16_weights=false",
+    ),
+    (
+        [*TERNARY, "run.keep_bf16_weights=true", "training.precision=fp32"],
+        "run.keep_bf16_weights=true has no effect with training.precision=fp32: set training.precision=bf16 or "
+        "run.keep_bf16_weights=false",
+    ),
+    (
+        [*TERNARY, "run.keep_bf16_weights=true", "model.qsparse={gradients: e4m3, activations: int8}"],
+        "run.keep_bf16_weights=true has no effect: no layer has model.qsparse.weights=ternary and "
+        "model.qsparse.gradients=full; set run.keep_bf16_weights=false",
     ),
     (["optimizer.min_lr=0.01"], "optimizer.min_lr=0.01 is larger than optimizer.lr=0.0015"),
     (
@@ -196,6 +238,9 @@ KEPT = [
     [BLOCK, "model.ffn_hidden_size=708", "model.qsparse.rules=[{match: '*.linear_fc2', block_size: 4}]"],
     ["model.qsparse.rules=[{match: 'decoder.layers.[03].*'}, {match: '*.linear_fc1', weights: ternary}]"],
     ["model.vocab_multiple=1", "model.vocab_size=100", "parallel.tp=2"],
+    [GATHER, "model.qsparse.rules=[{match: '*.mlp.*', weights: ternary}]"],
+    [*TERNARY, "run.keep_bf16_weights=true", "parallel={overlap_param_gather: true, distributed_optimizer: true}"],
+    [*TERNARY, "run.keep_bf16_weights=true", MOE, "model.qsparse.rules=[{match: '*.mlp.*', weights: full}]"],
 ]
 
 

@@ -36,12 +36,20 @@ def formats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def corpus(formats: Path) -> tuple[np.ndarray, dict[bytes, int]]:
+    """All tokens, and where each run of eight of them begins."""
+    flat = np.fromfile(formats / "flat.bin", dtype=np.uint16)
+    return flat, {flat[i : i + 8].tobytes(): i for i in range(len(flat) - LENGTH)}
+
+
 @pytest.mark.parametrize("reader", READERS)
-def test_every_reader_gives_sequences_of_the_corpus(formats: Path, reader: str) -> None:
+def test_every_reader_gives_sequences_of_the_corpus(
+    formats: Path, corpus: tuple[np.ndarray, dict[bytes, int]], reader: str
+) -> None:
     if not is_installed(NEEDS.get(reader, "numpy")):
         pytest.skip(f"{NEEDS[reader]} is not installed")
-    flat = np.fromfile(formats / "flat.bin", dtype=np.uint16)
-    starts = {flat[i : i + 8].tobytes(): i for i in range(len(flat) - LENGTH)}
+    flat, starts = corpus
     found = inside = 0
     for sequence in itertools.islice(READERS[reader](formats, LENGTH), 200):
         assert (sequence.shape, sequence.dtype) == ((LENGTH + 1,), np.int64)

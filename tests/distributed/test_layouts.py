@@ -29,6 +29,7 @@ DP = {"distributed_optimizer": True}
 DP_OVERLAP = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 TP_PP_SP = {"tp": 2, "pp": 2, "sequence_parallel": True}
 TP_DP_SP = {**TP_SP, **DP}
+TP_DP_SP_GATHER = {**TP_DP_SP, "ternary_param_gather": True}
 
 Trajectory = dict[str, list[float]]
 
@@ -87,6 +88,7 @@ LAYOUTS = {
     4: {
         "full-fp64:tp2-pp2-sp": case(FULL, "fp64", TP_PP_SP),
         "full-fp64:tp2-dp2-sp-distributed-optimizer": case(FULL, "fp64", TP_DP_SP),
+        "full-fp64:tp2-dp2-sp-ternary-gather": case(FULL, "fp64", TP_DP_SP_GATHER),
         "block-fp64:tp2-pp2-sp": case(BLOCK, "fp64", TP_PP_SP),
         "dense-fp32:tp2-pp2-sp": case(DENSE, "fp32", TP_PP_SP),
     },

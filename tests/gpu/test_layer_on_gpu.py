@@ -10,7 +10,8 @@ import torch
 
 from kernels.dispatch import kernels_for
 from qsparse_layers.config import LinearFormat
-from qsparse_layers.functional import LinearCall, WeightParts, qsparse_linear
+from qsparse_layers.functional import qsparse_linear
+from qsparse_layers.linear_call import LinearCall, WeightParts
 from tests.distributed.test_layouts import DENSE, DP, FULL, PP, TP, TP_SP, VPP, case
 from tests.testing import torchrun
 
@@ -111,6 +112,15 @@ def test_a_cuda_graph_gives_the_losses_of_its_kernels(tmp_path: Path) -> None:
         assert found[f"{name}:graph"]["loss"] == pytest.approx(found[name]["loss"], rel=1e-3), name
 
 
+def test_weights_kept_in_bf16_change_no_loss(tmp_path: Path) -> None:
+    """In a graph, which reads the copies where the first captured step found them; attention's gradients vary."""
+    plain = on_gpu(case(FULL, "bf16", {}))
+    plain["run"] |= {"cuda_graph": True}
+    kept = {**plain, "run": {**plain["run"], "keep_bf16_weights": True}}
+    found = train(tmp_path, {"plain": plain, "kept": kept}, nproc=1)
+    assert found["kept"]["loss"] == pytest.approx(found["plain"]["loss"], rel=1e-3)
+
+
 def test_recomputed_projections_change_nothing(tmp_path: Path) -> None:
     """The product of integers is the same the second time; gradients of attention are sums in any order."""
     kept, again = (on_gpu(case(FULL, "bf16", {}, steps=1, recompute=name)) for name in ("none", "up_projection"))
@@ -120,6 +130,15 @@ def test_recomputed_projections_change_nothing(tmp_path: Path) -> None:
     assert found["again"]["loss"] == found["kept"]["loss"]
     assert found["again"]["grad_norm"] == pytest.approx(found["kept"]["grad_norm"], rel=1e-3)
     assert found["graph"]["loss"] == pytest.approx(found["eager"]["loss"], rel=1e-3)
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is None, reason="needs Transformer Engine's offloading")
+def test_activations_come_back_from_the_host(tmp_path: Path) -> None:
+    plain = on_gpu(case(FULL, "bf16", {}), "te")
+    offloaded = {**plain, "training": {**plain["training"], "offload_layers": 3}}
+    found = train(tmp_path, {"plain": plain, "offloaded": offloaded}, nproc=1)
+    assert found["offloaded"]["loss"] == pytest.approx(found["plain"]["loss"], rel=1e-3)
+    assert found["offloaded"]["grad_norm"][:3] == pytest.approx(found["plain"]["grad_norm"][:3], rel=1e-2)
 
 
 @pytest.mark.parametrize("pattern", ["topk", "block"])

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from kernels.dispatch import ReferenceKernels
 from kernels.triton_kernels import ShardedNormKernels, TritonKernels
 from qsparse_layers.config import LinearFormat
-from qsparse_layers.functional import LinearCall, Sharding, WeightParts, prepare_input
+from qsparse_layers.functional import prepare_input
+from qsparse_layers.linear_call import LinearCall, Sharding, WeightParts
 from qsparse_layers.norm import rms_norm, sharded_rms_norm
 from tests.kernels.test_sparsify import rows
 

@@ -16,7 +16,7 @@ from kernels.block_sparse import dds, dsd, sdd
 from kernels.grouped_reference import dense_from_tiles, tiles_from_dense
 from kernels.grouped_wgrad import pad_offsets
 from kernels.tile_launch import TileConfig
-from kernels.topology import Topology, expert_row_blocks, expert_topology, from_mask
+from kernels.topology import PAIR_ROWS, Topology, expert_row_blocks, expert_topology, from_mask
 
 SMALL = TileConfig(32, 32, 16, num_warps=4, num_stages=2, group_m=2)
 BF16_ROUNDING = 2**-8
@@ -251,12 +251,21 @@ def topology_mask(rows: int, columns: int, device: str) -> Tensor:
     return torch.ones(rows, columns, dtype=torch.bool, device=device)
 
 
-def test_pairs_cover_each_row_of_tiles_from_its_start(device: str) -> None:
-    mask = torch.rand(9, 12, generator=randoms(3)) < 0.4
+def test_pairs_cover_each_row_of_tiles_and_advance_through_groups_of_rows(device: str) -> None:
+    mask = torch.rand(PAIR_ROWS + 9, 12, generator=randoms(3)) < 0.4
     mask[4] = False
-    for capacity in (None, 60):
+    for capacity in (None, mask.numel(), 60):
         topology = from_mask(mask.to(device), (128, 128), capacity=capacity)
         offsets = topology.row_offsets.tolist()
-        want = [tile for first, last in pairwise(offsets) for tile in range(first, last, 2)]
-        assert topology.pairs[: int(topology.num_pairs)].tolist() == want
+        starts = [(row, tile) for row, line in enumerate(pairwise(offsets)) for tile in range(*line, 2)]
+        want = sorted(starts, key=lambda pair: (pair[0] // PAIR_ROWS, pair[1] - offsets[pair[0]], pair[0]))
+        assert topology.pairs[: int(topology.num_pairs)].tolist() == [tile for _, tile in want]
         assert not topology.pairs[len(want) :].any()
+
+
+def test_longest_lines_come_first_and_empty_ones_read_past_the_tiles(device: str) -> None:
+    mask = torch.tensor([[0, 1, 0, 1], [1, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.bool, device=device)
+    for capacity in (5, 9):
+        topology = from_mask(mask, (16, 16), capacity=capacity)
+        assert topology.longest_rows.tolist() == [[1, 0, 2], [2, 0, capacity], [3, 2, 1]]
+        assert topology.longest_columns.tolist() == [[1, 3, 0, 2], [1, 3, 0, capacity], [2, 2, 1, 1]]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import grouped_reference
+from kernels.gradient_table import GradientTable
 from kernels.grouped_gemm import grouped_dgrad, grouped_dgrad_fp8, grouped_forward
 from kernels.grouped_wgrad import grouped_wgrad, grouped_wgrad_fp8, pad_offsets
 from kernels.tile_launch import TileConfig
@@ -155,7 +156,10 @@ def test_wgrad_adds_to_main_gradients_wherever_they_lie(device: str) -> None:
         buffer = floats((len(counts), O + 1, D), device, seed=2).float()
         before = buffer.clone()
         main_grads = [buffer[expert, :O] for expert in reversed(range(len(counts)))]
-        assert grouped_wgrad(grad, x, offsets_of(counts, device), main_grads=main_grads, **options) is None
+        assert (
+            grouped_wgrad(grad, x, offsets_of(counts, device), main_grads=GradientTable.of(main_grads), **options)
+            is None
+        )
         want = before[:, :O].flip(0).double() + grouped_reference.grouped_wgrad(grad, x, offsets_of(counts, device))
         assert error(torch.stack(main_grads), want) < FLOAT32_SUMS
         assert torch.equal(buffer[:, O], before[:, O])
@@ -198,7 +202,10 @@ def test_fp8_wgrad_against_float64_of_the_same_codes(device: str, parts: int, dt
         assert got.dtype == dtype and error(got, want) < bound
         main_grad = floats(want.shape, device, seed=2).float()
         total, main_grads = main_grad.double() + want, list(main_grad)
-        assert grouped_wgrad_fp8(grad_OT, x_DT, padded, scale_EP=scale, main_grads=main_grads, **options) is None
+        assert (
+            grouped_wgrad_fp8(grad_OT, x_DT, padded, scale_EP=scale, main_grads=GradientTable.of(main_grads), **options)
+            is None
+        )
         assert error(main_grad, total) < bound
 
 
@@ -246,11 +253,13 @@ def test_bad_arguments_of_the_gradients(device: str) -> None:
     with pytest.raises(ValueError, match=r"x_TD: shape \[19, 32\], expected \[20, any\]"):
         grouped_wgrad(grad, floats((19, 32), device), offsets)
     x, main_grad = floats((20, 32), device), torch.zeros(2, 96, 32, device=device)
-    with pytest.raises(ValueError, match=r"main_grads\[1\]: shape \[95, 32\], expected \[96, 32\]"):
-        grouped_wgrad(grad, x, offsets, main_grads=[main_grad[0], main_grad[1, 1:]])
+    with pytest.raises(ValueError, match=r"main_grads\[1\]: shape \[95, 32\], expected \[O, D\] as main_grads\[0\]"):
+        GradientTable.of([main_grad[0], main_grad[1, 1:]])
     with pytest.raises(ValueError, match=r"main_grads\[0\]: dtype torch.float64, expected torch.float32"):
-        grouped_wgrad(grad, x, offsets, main_grads=list(main_grad.double()))
-    with pytest.raises(ValueError, match=r"main_grads: 1 tensors for 2 experts"):
-        grouped_wgrad(grad, x, offsets, main_grads=[main_grad[0]])
+        GradientTable.of(list(main_grad.double()))
+    with pytest.raises(ValueError, match=r"main_grads\[1\] is not contiguous"):
+        GradientTable.of([main_grad[0], main_grad[1].t().contiguous().t()])
+    with pytest.raises(ValueError, match=r"main_grads: \[E, O, D\] = \[1, 96, 32\], expected \[2, 96, 32\]"):
+        grouped_wgrad(grad, x, offsets, main_grads=GradientTable.of([main_grad[0]]))
     with pytest.raises(ValueError, match=r"block_m=48: tiles are powers of two from 16 to 256"):
         TileConfig(block_m=48)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.gemm import has_hopper_kernel
+from kernels.gradient_table import GradientTable
 from kernels.grouped_gemm import (
     DGRAD_CONFIG,
     DGRAD_FP8_CONFIG,
@@ -120,7 +121,7 @@ def test_fp8_wgrad_adds_to_main_gradients_in_reverse_order() -> None:
         found = []
         for options in ({}, {"config": WGRAD_FP8_CONFIG}):
             buffer = before.clone()
-            main_grads = list(buffer[:, :O].unbind())[::-1]
+            main_grads = GradientTable.of(list(buffer[:, :O].unbind())[::-1])
             assert grouped_wgrad_fp8(*operands, scale_EP=scale, main_grads=main_grads, **options) is None  # type: ignore[arg-type]
             found.append(buffer)
         assert difference(*found) < 2**-10 + max(counts) / 32 * 2**-14, (counts, O, D)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import reference, sparsify
+from kernels import fused, reference, sparsify
 
-SIZES = [(3, 63), (2, 100), (2, 1000), (5, 256), (1, 1), (4, 7)]
+SIZES = [(2, 63), (2, 100), (1, 1000), (3, 256), (1, 1), (2, 7)]
 
 
 def rows(kind: str, tokens: int, features: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -57,6 +57,14 @@ def test_topk_of_a_row(kind: str, dtype: torch.dtype, device: str) -> None:
 def test_n_of_every_m(kind: str, kept: int, block: int, device: str) -> None:
     for num_blocks in (1, 3, 8, 33):
         assert_same(rows(kind, 3, num_blocks * block, device), kept, block)
+
+
+def test_launches_fit_on_a_multiprocessor() -> None:
+    tables = (sparsify.LAUNCHES, fused.LAUNCHES, fused.NORM_LAUNCHES, fused.SWIGLU_LAUNCHES)
+    for words, (warps, registers) in (item for table in tables for item in table.items()):
+        assert words >= 32 * warps and warps * 32 * (registers or 0) <= 65536
+    assert sparsify.launch_options(sparsify.LAUNCHES, 8)["num_warps"] == 1
+    assert sparsify.launch_options(fused.LAUNCHES, 8192)["num_warps"] == fused.LAUNCHES[4096][0]  # blocks of 5, padded
 
 
 def test_full_sizes(device: str) -> None:

@@ -5,6 +5,8 @@ import torch
 from torch import Tensor
 
 from kernels import reference, ternarize
+from kernels.dispatch import Expanded
+from kernels.triton_kernels import WeightExpander
 
 SHAPES = [(6, 40), (3, 100), (8, 16), (1, 1)]
 
@@ -34,6 +36,46 @@ def test_codes_and_sums_of_a_list(dtype: torch.dtype, device: str) -> None:
     row_scales = scale[table.part.long()].split([rows for rows, _ in shapes])
     for matrix, codes, row_scale in zip(matrices, flat.split([m.numel() for m in matrices]), row_scales, strict=True):
         assert torch.equal(codes.view_as(matrix), reference.ternary_codes(matrix, row_scale[:, None]))
+
+
+def test_codes_in_bf16_are_what_the_expander_makes_of_the_codes(device: str) -> None:
+    """In place, twice: of one part the codes themselves, of several times the ratios of their scales."""
+    shapes = [(6, 40), (3, 100), (8, 16)]
+    num_parts = (3, 1, 2)
+    matrices = weights(torch.bfloat16, device, shapes)
+    parts = [torch.arange(rows) * count // rows for (rows, _), count in zip(shapes, num_parts, strict=True)]
+    table = ternarize.row_table(matrices, parts)
+    size = table.num_codes
+    expanded = Expanded(
+        torch.full((size,), torch.nan, dtype=torch.bfloat16, device=device),
+        torch.full((3, 4), 9.0, device=device)[:, 0],
+    )
+    for factor in (4.0, 0.5):
+        matrices[0][:2] *= factor
+        scale = reference.absmean_scale(ternarize.part_sums(table, torch.bfloat16), table.part_size)
+        codes = ternarize.codes(table, scale, torch.bfloat16, expanded=expanded)
+        assert torch.equal(codes, ternarize.codes(table, scale, torch.bfloat16))
+        row_scales = scale[table.part.long()].split([rows for rows, _ in shapes])
+        sizes = [matrix.numel() for matrix in matrices]
+        pieces = zip(shapes, codes.split(sizes), row_scales, expanded.values.split(sizes), strict=True)
+        for number, (shape, found, row_scale, in_bf16) in enumerate(pieces):
+            of_rows = row_scale if num_parts[number] > 1 else row_scale[:1]
+            expected = WeightExpander().expand(found.view(shape), of_rows.contiguous())
+            assert torch.equal(in_bf16.view(shape), expected.values)
+            assert expanded.scale[number] == expected.scale == row_scale.max()
+            if num_parts[number] == 1:
+                assert torch.equal(in_bf16, found.bfloat16())
+
+
+def test_outputs_of_another_size_are_refused(device: str) -> None:
+    table = ternarize.row_table(weights(torch.float32, device, [(2, 8)]), [torch.zeros(2, dtype=torch.int64)])
+    scale, values = torch.ones(1, device=device), torch.empty(16, dtype=torch.bfloat16, device=device)
+    with pytest.raises(ValueError, match=r"out has 16 elements of torch.bfloat16, the weights take 16 of torch.int8"):
+        ternarize.codes(table, scale, torch.float32, values)
+    with pytest.raises(ValueError, match=r"expanded.values has 15 elements of torch.bfloat16, the weights take 16 of"):
+        ternarize.codes(table, scale, torch.float32, expanded=Expanded(values[1:], scale))
+    with pytest.raises(ValueError, match=r"expanded.scale has 2 elements of torch.float32, the weights take 1 of"):
+        ternarize.codes(table, scale, torch.float32, expanded=Expanded(values, scale.expand(2)))
 
 
 def test_halves_go_to_zero_and_zeros_stay(device: str) -> None:

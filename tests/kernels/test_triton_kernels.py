@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Activation, Kernels, ReferenceKernels, kernels_for
-from kernels.triton_kernels import TritonKernels
+from kernels.dispatch import Activation, Expanded, Kernels, ReferenceKernels, kernels_for
+from kernels.triton_kernels import TritonKernels, WeightExpander
 from qsparse_layers.config import LinearFormat
-from qsparse_layers.functional import Front, LinearCall, WeightParts, qsparse_linear
+from qsparse_layers.functional import qsparse_linear
+from qsparse_layers.linear_call import Front, LinearCall, Operand, TernaryCache, WeightParts
 from qsparse_layers.norm import RMSNorm, rms_norm
 
 TOPK = LinearFormat(sparsity=0.5, weights="ternary", activations="int8")
@@ -21,6 +22,7 @@ FORMATS = {
     "activations only": LinearFormat(sparsity=0.5, activations="int8"),
     "sparse only": LinearFormat(sparsity=0.5),
 }
+QUANTIZED, FLOATS = LinearFormat(weights="ternary", activations="int8"), LinearFormat(weights="ternary")
 EPS = 1e-5
 
 
@@ -55,6 +57,56 @@ def test_a_layer_on_triton_is_the_layer_on_the_reference(name: str, parts: Weigh
     tolerance = 0.25 if name == "e4m3" and device == "cpu" else 0.01
     assert error(found[1], expected[1]) < tolerance
     assert error(found[2], expected[2]) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("layout", "parts"),
+    [(QUANTIZED, WeightParts(1, (16, 16))), (FLOATS, WeightParts(1, (16, 16))), (FLOATS, WeightParts(1, (32,)))],
+    ids=["codes", "floats, two parts", "floats, one part"],
+)
+def test_a_weight_kept_in_bf16_changes_no_bit(
+    layout: LinearFormat, parts: WeightParts, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two microbatches of one version; the second kind brings its weight to bf16 once, the first in each of them."""
+    made: list[Tensor] = []
+
+    def expand(self: WeightExpander, codes: Tensor, scale: Tensor) -> Expanded:
+        made.append(codes)
+        return expand_codes(self, codes, scale)
+
+    expand_codes = WeightExpander.expand
+    monkeypatch.setattr(WeightExpander, "expand", expand)
+    results = []
+    for kernels, passes in ((TritonKernels(), 2), (TritonKernels(keep_bf16_weights=True), 1)):
+        call = LinearCall(
+            layout,
+            parts,
+            kernels=kernels,
+            cache=TernaryCache(),
+            weight_version=1,
+            expander=kernels.expander,
+        )
+        x, weight = draw(16, 32, device=device).requires_grad_(), draw(32, 32, device=device, seed=1).requires_grad_()
+        outputs = [qsparse_linear(x, weight, call) for _ in range(2)]
+        (outputs[0] + outputs[1]).backward(draw(16, 32, device=device, seed=2))
+        assert len(made) == passes
+        made.clear()
+        results.append((outputs[0].detach(), x.grad, weight.grad))
+    for found, expected in zip(*results, strict=True):
+        assert found is not None and torch.equal(found, expected)
+
+
+def test_a_weight_without_version_is_not_kept(device: str) -> None:
+    """Its codes are made in every forward pass: copies of all of them would lie there until the backward pass."""
+    expander = WeightExpander()
+    cache, codes = (
+        TernaryCache(),
+        Operand(torch.ones(16, 16, dtype=torch.int8, device=device), torch.ones(1, device=device)),
+    )
+    assert cache.get(None, lambda: codes, expander).expanded is None
+    kept = cache.get(1, lambda: codes, expander)
+    assert kept.expanded is not None and torch.equal(kept.expanded.values, codes.values.bfloat16())
+    assert cache.get(1, lambda: codes, expander) is kept
 
 
 def activated(x: Tensor, activation: Activation | None) -> Tensor:
@@ -115,5 +167,10 @@ def test_the_choice_of_kernels() -> None:
     assert isinstance(kernels_for("cpu"), ReferenceKernels)
     assert isinstance(kernels_for("cuda", "reference"), ReferenceKernels)
     assert isinstance(kernels_for("cuda"), TritonKernels)
+    assert kernels_for("cuda").expander is None
+    assert isinstance(kernels_for("cuda", keep_bf16_weights=True).expander, WeightExpander)
+    assert (
+        kernels_for("cpu", keep_bf16_weights=True).expander is None
+    )  # multiplies by the codes, there is nothing to save
     with pytest.raises(ValueError, match=r"run.kernels=triton needs a GPU, this run is on cpu"):
         kernels_for("cpu", "triton")

@@ -1,8 +1,12 @@
-"""The command line as a user meets it, in a process that cannot import torch."""
+"""The command line as a user meets it, in a process that cannot import torch.
+
+Commands that only print share a process, because the start of one takes longer than all of them.
+"""
 
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,8 +17,44 @@ import sys
 for name in ("torch", "megatron", "mlflow", "triton", "transformer_engine"):
     sys.modules[name] = None
 from launch.cli import main
-sys.exit(main())
 """
+ONE = f"{WITHOUT_TORCH}\nsys.exit(main())"
+MANY = f"""{WITHOUT_TORCH}
+import io, json, traceback
+from contextlib import redirect_stderr, redirect_stdout
+found = []
+for arguments in json.load(sys.stdin):
+    output, errors = io.StringIO(), io.StringIO()
+    with redirect_stdout(output), redirect_stderr(errors):
+        try:
+            code = main(arguments)
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+    found.append((arguments, code, output.getvalue(), errors.getvalue()))
+json.dump(found, sys.stdout)
+"""
+
+
+def python(folder: Path, program: str, *arguments: str, given: str = "") -> subprocess.CompletedProcess[str]:
+    """Run a program in a directory, with little in its environment."""
+    command = [sys.executable, "-c", program, *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "COLUMNS": "120"}
+    return subprocess.run(
+        command, cwd=folder, env=environment, input=given, text=True, capture_output=True, timeout=120
+    )
+
+
+Results = dict[tuple[str, ...], subprocess.CompletedProcess[str]]
+
+
+def run_all(folder: Path, commands: Sequence[Sequence[str]]) -> Results:
+    """What `qsparse` says to each of several commands in one process that cannot import torch."""
+    done = python(folder, MANY, given=json.dumps(commands))
+    assert (done.returncode, done.stderr) == (0, "")
+    return {tuple(found[0]): subprocess.CompletedProcess(*found) for found in json.loads(done.stdout)}
 
 
 @pytest.fixture
@@ -22,99 +62,108 @@ def qsparse(tmp_path):
     """Run `qsparse` in an empty directory, with torch, megatron and MLflow unavailable."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", WITHOUT_TORCH, *arguments]
-        environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "COLUMNS": "120"}
-        return subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=60)
+        return python(tmp_path, ONE, *arguments)
 
     return run
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (
-            ["--help"],
-            ["train", "generate", "evaluate", "config", "data", "report", "compare", "mlflow", "track", "doctor"],
-        ),
-        (["train", "--help"], ["CONFIG", "KEY=VALUE", "--nproc", "examples:"]),
-        (["generate", "--help"], ["RUN_DIR", "--prompt", "--tokens", "example:"]),
-        (["evaluate", "--help"], ["RUN_DIR", "example:"]),
-        (["config", "--help"], ["show", "check", "diff", "schema", "examples:"]),
-        (["data", "--help"], ["prepare"]),
-        (["data", "prepare", "--help"], ["--source", "--output"]),
-        (["mlflow", "--help"], ["--root", "--port", "example:"]),
-        (["report", "--help"], ["RUN_DIR", "example:"]),
-        (["compare", "--help"], ["RUN", "--where", "--search", "--output", "examples:"]),
-        (["track", "--help"], ["sync"]),
-        (["launch", "--help"], ["local", "torchrun", "slurm", "examples:"]),
-        (["launch", "slurm", "--help"], ["--nodes", "--cluster", "--sweep", "--dry-run", "--template", "--preflight"]),
-        (["launch", "torchrun", "--help"], ["--nnodes", "--node-rank", "--rdzv-endpoint"]),
-        (["status", "--help"], ["RUN", "preempted", "examples:"]),
-        (["logs", "--help"], ["--follow"]),
-        (["cancel", "--help"], ["--now"]),
-        (["preflight", "--help"], ["--nproc", "--folder", "Exit code 5", "srun"]),
-        (["track", "sync", "--help"], ["RUN_DIR", "examples:"]),
-    ],
-)
-def test_help(qsparse, arguments, expected):
-    result = qsparse(*arguments)
+HELPS = [
+    (
+        ["--help"],
+        ["train", "generate", "evaluate", "config", "data", "report", "compare", "mlflow", "track", "doctor"],
+    ),
+    (["train", "--help"], ["CONFIG", "KEY=VALUE", "--nproc", "examples:"]),
+    (["generate", "--help"], ["RUN_DIR", "--prompt", "--tokens", "example:"]),
+    (["evaluate", "--help"], ["RUN_DIR", "example:"]),
+    (["config", "--help"], ["show", "check", "diff", "schema", "examples:"]),
+    (["data", "--help"], ["prepare"]),
+    (["data", "prepare", "--help"], ["--source", "--output"]),
+    (["mlflow", "--help"], ["--root", "--port", "example:"]),
+    (["report", "--help"], ["RUN_DIR", "example:"]),
+    (["compare", "--help"], ["RUN", "--where", "--search", "--output", "examples:"]),
+    (["track", "--help"], ["sync"]),
+    (["launch", "--help"], ["local", "torchrun", "slurm", "examples:"]),
+    (["launch", "slurm", "--help"], ["--nodes", "--cluster", "--sweep", "--dry-run", "--template", "--preflight"]),
+    (["launch", "torchrun", "--help"], ["--nnodes", "--node-rank", "--rdzv-endpoint"]),
+    (["status", "--help"], ["RUN", "preempted", "examples:"]),
+    (["logs", "--help"], ["--follow"]),
+    (["cancel", "--help"], ["--now"]),
+    (["preflight", "--help"], ["--nproc", "--folder", "Exit code 5", "srun"]),
+    (["track", "sync", "--help"], ["RUN_DIR", "examples:"]),
+]
+
+
+@pytest.fixture(scope="module")
+def helps(tmp_path_factory) -> Results:
+    return run_all(tmp_path_factory.mktemp("helps"), [arguments for arguments, _ in HELPS])
+
+
+@pytest.mark.parametrize(("arguments", "expected"), HELPS)
+def test_help(helps, arguments, expected):
+    result = helps[tuple(arguments)]
     assert (result.returncode, result.stderr) == (0, "")
     assert [text for text in expected if text not in result.stdout] == []
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "the following arguments are required: COMMAND"),
-        (["trian"], "invalid choice: 'trian'"),
-        (["config", "show", "--bogus"], "unrecognized arguments: --bogus"),
-        (["config", "show", "a", "b"], "qsparse: one file is expected, got 2: a, b"),
-        (["config", "check", "run.name=x"], "qsparse: no file to check"),
-        (["train", "x.yaml", "--bogus"], "qsparse: unrecognized option '--bogus'; see --help"),
-        (
-            ["train", "x.yaml", "y.yaml"],
-            "one CONFIG and overrides of the form KEY=VALUE are expected, got also 'y.yaml'",
-        ),
-        (["train", "x.yaml"], "x.yaml: cannot be read: No such file or directory"),
-        (["train", "good.yaml", "run.nam=x"], "override 'run.nam=x': run.nam: unknown key, did you mean 'run.name'?"),
-        (["train", "good.yaml", "--nproc", "2", "parallel.tp=4"], "2 processes are not a multiple of parallel.tp=4"),
-        (
-            ["generate", "runs/x", "--prompt", "a"],
-            "qsparse: runs/x is not the directory of a run: it has no config.yaml",
-        ),
-        (["evaluate", "runs/x"], "qsparse: runs/x is not the directory of a run: it has no config.yaml"),
-        (
-            ["launch", "slurm", "good.yaml", "--cluster", "none"],
-            "neither none nor configs/clusters/none.yaml is a file",
-        ),
-        (["launch", "slurm", "good.yaml", "--time", "soon"], "option --time: time: string should match pattern"),
-        (
-            ["launch", "slurm", "good.yaml", "parallel.tp=8", "parallel.pp=2"],
-            "1 node of 8 ranks: 8 processes are not a multiple of parallel.tp=8 * parallel.pp=2",
-        ),
-        (["train", "good.yaml", "tracking.uri=mlruns"], "tracking.uri='mlruns' is no tracking store; use http://HOST"),
-        (
-            ["launch", "slurm", "good.yaml", "parallel.tp=8", "tracking.uri=htp://a", "--dry-run"],
-            "tracking.uri='htp://a' is no tracking store",
-        ),
-        (["launch", "slurm", "good.yaml", "--nodes", "0"], "1 <= min-nodes <= nodes is expected"),
-        (["launch", "slurm", "good.yaml", "--sweep", "run.seed"], "KEY=VALUE,VALUE... is expected"),
-        (["launch", "slurm", "good.yaml", "--bogus"], "unrecognized option '--bogus'"),
-        (["launch", "torchrun", "good.yaml", "--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
-        (["status", "nothing"], "there is no run 'nothing', neither here nor in runs"),
-        (["logs", "nothing"], "there is no run 'nothing'"),
-        (["cancel", "nothing"], "there is no run 'nothing'"),
-        (["preflight", "--nproc", "0"], "--nproc 0: at least one rank per node is needed"),
-        (["mlflow"], "qsparse: --root runs has no mlflow.db: no run has been logged there"),
-        (["report", "runs/x"], "qsparse: runs/x is not a run directory: it has no metrics.jsonl"),
-        (["compare", "a", "b"], "there is no run 'a': --root runs has no runs"),
-        (["config", "diff", "bad.yaml"], "bad.yaml:2: model.num_layers: input should be greater than 0 (got 0)"),
-    ],
-)
-def test_mistakes_are_one_message_and_exit_code_2(qsparse, tmp_path, arguments, message):
-    (tmp_path / "good.yaml").write_text("parallel: {tp: 2}\n")
-    (tmp_path / "bad.yaml").write_text("model:\n  num_layers: 0\n")
-    result = qsparse(*arguments)
+MISTAKES = [
+    ([], "the following arguments are required: COMMAND"),
+    (["trian"], "invalid choice: 'trian'"),
+    (["config", "show", "--bogus"], "unrecognized arguments: --bogus"),
+    (["config", "show", "a", "b"], "qsparse: one file is expected, got 2: a, b"),
+    (["config", "check", "run.name=x"], "qsparse: no file to check"),
+    (["train", "x.yaml", "--bogus"], "qsparse: unrecognized option '--bogus'; see --help"),
+    (
+        ["train", "x.yaml", "y.yaml"],
+        "one CONFIG and overrides of the form KEY=VALUE are expected, got also 'y.yaml'",
+    ),
+    (["train", "x.yaml"], "x.yaml: cannot be read: No such file or directory"),
+    (["train", "good.yaml", "run.nam=x"], "override 'run.nam=x': run.nam: unknown key, did you mean 'run.name'?"),
+    (["train", "good.yaml", "--nproc", "2", "parallel.tp=4"], "2 processes are not a multiple of parallel.tp=4"),
+    (
+        ["generate", "runs/x", "--prompt", "a"],
+        "qsparse: runs/x is not the directory of a run: it has no config.yaml",
+    ),
+    (["evaluate", "runs/x"], "qsparse: runs/x is not the directory of a run: it has no config.yaml"),
+    (
+        ["launch", "slurm", "good.yaml", "--cluster", "none"],
+        "neither none nor configs/clusters/none.yaml is a file",
+    ),
+    (["launch", "slurm", "good.yaml", "--time", "soon"], "option --time: time: string should match pattern"),
+    (
+        ["launch", "slurm", "good.yaml", "parallel.tp=8", "parallel.pp=2"],
+        "1 node of 8 ranks: 8 processes are not a multiple of parallel.tp=8 * parallel.pp=2",
+    ),
+    (["train", "good.yaml", "tracking.uri=mlruns"], "tracking.uri='mlruns' is no tracking store; use http://HOST"),
+    (
+        ["launch", "slurm", "good.yaml", "parallel.tp=8", "tracking.uri=htp://a", "--dry-run"],
+        "tracking.uri='htp://a' is no tracking store",
+    ),
+    (["launch", "slurm", "good.yaml", "--nodes", "0"], "1 <= min-nodes <= nodes is expected"),
+    (["launch", "slurm", "good.yaml", "--sweep", "run.seed"], "KEY=VALUE,VALUE... is expected"),
+    (["launch", "slurm", "good.yaml", "--bogus"], "unrecognized option '--bogus'"),
+    (["launch", "torchrun", "good.yaml", "--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
+    (["status", "nothing"], "there is no run 'nothing', neither here nor in runs"),
+    (["logs", "nothing"], "there is no run 'nothing'"),
+    (["cancel", "nothing"], "there is no run 'nothing'"),
+    (["preflight", "--nproc", "0"], "--nproc 0: at least one rank per node is needed"),
+    (["mlflow"], "qsparse: --root runs has no mlflow.db: no run has been logged there"),
+    (["report", "runs/x"], "qsparse: runs/x is not a run directory: it has no metrics.jsonl"),
+    (["compare", "a", "b"], "there is no run 'a': --root runs has no runs"),
+    (["config", "diff", "bad.yaml"], "bad.yaml:2: model.num_layers: input should be greater than 0 (got 0)"),
+]
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory) -> Results:
+    folder = tmp_path_factory.mktemp("mistakes")
+    (folder / "good.yaml").write_text("parallel: {tp: 2}\n")
+    (folder / "bad.yaml").write_text("model:\n  num_layers: 0\n")
+    return run_all(folder, [arguments for arguments, _ in MISTAKES])
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes_are_one_message_and_exit_code_2(mistakes, arguments, message):
+    result = mistakes[tuple(arguments)]
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr

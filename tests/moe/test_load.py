@@ -17,7 +17,7 @@ from pipeline.config import Config
 from pipeline.metrics import MetricsLog, metric_info, read_metrics
 from pipeline.moe_figures import expert_load, plot_expert_load
 from pipeline.sizes import model_size
-from qsparse_layers.functional import Codes
+from qsparse_layers.linear_call import Codes
 from tests.moe.cases import FULL, case
 
 

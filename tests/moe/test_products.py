@@ -1,11 +1,14 @@
 """Triton's grouped products against the loop over experts, one expert without tokens among them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from kernels.dispatch import ReferenceKernels
+from kernels.dispatch import ReferenceKernels, kernels_for
+from kernels.gradient_table import GradientTable
 from moe.products import LoopedProducts, StackedWeights, TritonProducts
-from qsparse_layers.functional import Codes
+from qsparse_layers.linear_call import Codes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_OUTPUTS, NUM_INPUTS, OFFSETS = 256, 64, (0, 5, 5, 14)
@@ -43,7 +46,25 @@ def test_triton_computes_what_the_loop_does(num_parts: int) -> None:
         assert dw is not None
         assert not dw[1].any()
         buffers = torch.ones_like(dw)
-        added = triton.backward(grad, x, weights, offsets, e4m3=e4m3, main_grads=list(buffers))
+        added = triton.backward(grad, x, weights, offsets, e4m3=e4m3, main_grads=GradientTable.of(list(buffers)))
         assert added[1] is None
         for mine, theirs in zip((dx, dw, added[0], buffers - 1), (*expected, *expected), strict=True):
             assert float((mine.double() - theirs.double()).norm() / theirs.double().norm()) < tolerance
+
+
+def test_experts_kept_in_bf16_change_no_bit() -> None:
+    x, weights, offsets, grad = operands(num_parts=2)
+    keeping, plain = TritonProducts(kernels_for("cuda", keep_bf16_weights=True)), TritonProducts(kernels_for("cuda"))
+    expanded = keeping.expand(weights)
+    assert expanded is not None and torch.equal(expanded, weights.codes.bfloat16())
+    assert plain.expand(weights) is None and LoopedProducts(ReferenceKernels()).expand(weights) is None
+    narrow = StackedWeights(weights.codes[:, :64].contiguous(), weights.scale[:, :64])
+    assert keeping.expand(narrow) is None  # its products are looped
+    kept = replace(weights, expanded=expanded)
+    found = keeping.backward(grad, x, kept, offsets, e4m3=False, main_grads=None)
+    expected = plain.backward(grad, x, weights, offsets, e4m3=False, main_grads=None)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine is not None and theirs is not None and torch.equal(mine, theirs)
+    # It is the copy that dX is made of.
+    other = keeping.backward(grad, x, replace(kept, expanded=2 * expanded), offsets, e4m3=False, main_grads=None)
+    assert torch.equal(other[0], 2 * expected[0])

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.plan.accuracy import Comparison, compare, table
-from pipeline.plan.layer_time import product
+from pipeline.plan.layer_time import layer_time, product
 from pipeline.plan.layout import Layout
 from pipeline.plan.links import Network, layer_traffic, step_traffic
 from pipeline.plan.memory import GIB, memory, stage_parameters
@@ -97,6 +97,21 @@ def test_states_take_18_bytes_and_are_sharded_over_replicas() -> None:
         assert parts["ternary codes"] == model_size(given, 32000).projections
 
 
+def test_weights_kept_in_bf16_take_two_bytes_and_save_a_pass() -> None:
+    """Of ternary weights with an exact backward pass: not the up projections here."""
+    rules = [{"match": "*.linear_fc1", "gradients": "e4m3"}]
+    moe = {"num_experts": 4, "first_dense_layers": 4}
+    down, attention = 2816 * 1024, 4 * 1024 * 1024
+    for experts, copies in ((None, 0), (moe, 4 * 3)):
+        given = config({"tp": 2, "sequence_parallel": True}, qsparse={**BITNET, "rules": rules}, moe=experts)
+        kept = given.model_copy(update={"run": given.run.model_copy(update={"keep_bf16_weights": True})})
+        layers, layout = model_layers(given), Layout.of(given)
+        less, more = (memory(one, layout, layers, RATES)["ternary codes"] for one in (given, kept))
+        assert more - less == 2 * (8 * attention + (8 + copies) * down) / 2
+        times = [layer_time(layers.kinds[0], one, layout, RATES)["sparsify, quantize"] for one in (given, kept)]
+        assert times[0] - times[1] == pytest.approx(3 * (attention + down) / 2 / RATES.bandwidth)
+
+
 def test_pipeline_ranks_hold_as_many_microbatches_as_follow() -> None:
     """1F1B: p, p - 1, ... 1; interleaved: (1 + (p - 1) / (p v)) p on the first (arXiv 2205.05198 sec. 4.2.3)."""
     plain = Layout.of(config({"pp": 4}))
@@ -144,6 +159,26 @@ def test_data_parallelism_sends_gradients_and_parameters() -> None:
         assert sum(item.sent for item in found) == pytest.approx(per_parameter * total_parameters(given) * 7 / 8)
     gathered = next(item for item in found if "gradients" in item.kind)
     assert gathered.with_2bit == gathered.sent
+
+
+def test_parameters_in_codes() -> None:
+    """A quarter of a byte per ternary weight; the others dealt out by the rank that has most of them, then gathered."""
+    option = {"distributed_optimizer": True, "ternary_param_gather": True}
+    for vocabulary in (32000, 128):
+        given = config({"dp": 8, **option}, qsparse=BITNET, vocab_size=vocabulary)
+        found = step_traffic(given, Layout.of(given), model_layers(given), 0, Network(RATES, 8))
+        (parameters,) = (item for item in found if item.kind == "data: parameters")
+        total, ternary = total_parameters(given), model_size(given, vocabulary).projections
+        dealt = min(total - ternary, total / 8)
+        assert parameters.sent == (ternary / 4 + 2 * (total - ternary) + 2 * dealt) * 7 / 8
+        assert (parameters.sent, parameters.in_bf16) == (parameters.with_2bit, 2 * total * 7 / 8)
+        without = config({"dp": 8, "distributed_optimizer": True}, qsparse=BITNET, vocab_size=vocabulary)
+        assert seconds(given) < seconds(without)
+
+
+def seconds(config: Config) -> float:
+    """Of a step on GPUs that the network connects."""
+    return sum(step_time(config, Layout.of(config), model_layers(config), RATES, 1)[0].values())
 
 
 def test_links_inside_and_between_nodes() -> None:

@@ -1,4 +1,4 @@
-"""Dozens of starts in four launches, each test looks at a few: see `starts.py`."""
+"""Dozens of starts in one launch, each test looks at a few: see `starts.py`."""
 
 import fcntl
 import json
@@ -54,29 +54,46 @@ class Starts:
 
 
 class Launcher:
-    """Runs lists of starts and keeps what became of them."""
+    """Collects starts, and runs them one after another."""
 
     def __init__(self, folder: Path, dataset: Path) -> None:
         self._folder, self.root = folder, folder / "runs"
         self._config = write_config(folder / "config.yaml", self.root, dataset)
-        self.results: dict[str, Start] = {}
-        self._waiting: list[dict[str, Any]] = []
+        self._keys: list[str] = []
+        self._starts: list[dict[str, Any]] = []
+        self._ports = _free_ports()
+        self.nproc = 1
 
-    def add(self, name: str, *overrides: str, kill: tuple[str, int] | None = None, key: str = "") -> None:
-        """A start of run `name`, known as `key`; with `kill`, of what a kill of that run would have left."""
-        self._waiting.append({"name": name, "overrides": overrides, "kill": kill, "key": key or name})
+    def add(
+        self,
+        name: str,
+        *overrides: str,
+        kill: tuple[str, int] | None = None,
+        before: tuple[str | int, ...] = (),
+        key: str = "",
+    ) -> None:
+        """A start of run `name` in `nproc` processes, known as `key`.
 
-    def launch(self, nproc: int) -> None:
-        starts, results = self._folder / f"starts-{nproc}.json", self._folder / f"results-{nproc}.json"
-        keys = [start.pop("key") for start in self._waiting]
-        starts.write_text(json.dumps([{**start, "port": _free_port()} for start in self._waiting]))
+        With `kill`, of what a kill of that run at that step would have left; with `before`, see `starts.py`.
+        """
+        before = ("kill_after_checkpoint", *kill) if kill else before
+        place = {"nproc": self.nproc, "port": next(self._ports)}
+        self._starts.append({"name": name, **place, "overrides": overrides, "before": before})
+        self._keys.append(key or name)
+
+    def launch(self) -> dict[str, Start]:
+        """What became of each start, by its key."""
+        starts, results = self._folder / "starts.json", self._folder / "results.json"
+        starts.write_text(json.dumps(self._starts))
         arguments = map(str, (self._config, self.root, starts, results))
-        torchrun("tests.resume.starts", *arguments, nproc=nproc, timeout=400)
+        nproc = max(start["nproc"] for start in self._starts)
+        torchrun("tests.resume.starts", *arguments, nproc=nproc, timeout=1200)
         ranks = [json.loads(results.with_name(f"{results.name}.{rank}").read_text()) for rank in range(nproc)]
-        for key, found in zip(keys, zip(*ranks, strict=True), strict=True):
-            fields = ([rank[name] for rank in found] for name in ("code", "output", "errors"))
-            self.results[key] = Start(*fields)
-        self._waiting.clear()
+        outcomes = ([rank for rank in found if rank is not None] for found in zip(*ranks, strict=True))
+        return {
+            key: Start(*([rank[name] for rank in found] for name in ("code", "output", "errors")))
+            for key, found in zip(self._keys, outcomes, strict=True)
+        }
 
 
 @pytest.fixture(scope="session")
@@ -84,19 +101,19 @@ def starts(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Starts:
     folder = tmp_path_factory.mktemp("resume")
     launcher = Launcher(folder, dataset)
     skip = ("data.bad_shard=skip", f"data.path={_damaged(dataset, folder / 'skip-data', _corrupt_two_chunks)}")
+    launcher.nproc = 4  # first, so that two of the processes end early
+    launcher.add("dense-tp2-dp2", *DENSE, *ZERO, *TP)
+    launcher.nproc = 1
     launcher.add("skip", *FP64, *skip)
     _one_process(launcher, folder)
-    launcher.launch(1)
+    launcher.nproc = 2
     _two_processes(launcher, dataset, folder)
     launcher.add("skip-dp2", *FP64, *skip, kill=("skip", 2))
     launcher.add("skip-pp2", *FP64, *skip, *PP, "data.prefetch_threads=0", kill=("skip", 6))
-    launcher.launch(2)
-    launcher.add("dense-tp2-dp2", *DENSE, *ZERO, *TP)
-    launcher.launch(4)
+    launcher.nproc = 1
     _one_process_again(launcher)
     with _owner_elsewhere(launcher.root, "owned"):
-        launcher.launch(1)
-    return Starts(launcher.root, launcher.results)
+        return Starts(launcher.root, launcher.launch())
 
 
 def _one_process(launcher: Launcher, folder: Path) -> None:
@@ -160,12 +177,8 @@ def _one_process_again(launcher: Launcher) -> None:
     launcher.add("moe-one", *FP64, *MOE, "parallel.ep=1", kill=("moe", 4))
     weights = RunFiles(launcher.root / "plain").checkpoint(8)
     launcher.add("from-weights", *BF16, *ZERO, f"checkpoint.load={weights}")
-    shutil.copytree(launcher.root / "plain", launcher.root / "gone")
-    shutil.rmtree(launcher.root / "gone" / "checkpoints")
-    launcher.add("gone", *FP64)
-    shutil.copytree(launcher.root / "plain", launcher.root / "half-copied")
-    os.truncate(RunFiles(launcher.root / "half-copied").checkpoint(8) / "__0_0.distcp", 1000)
-    launcher.add("half-copied", *FP64, "training.steps=10")
+    launcher.add("gone", *FP64, before=("lose_checkpoints", "plain"))
+    launcher.add("half-copied", *FP64, "training.steps=10", before=("copy_in_part", "plain", 8))
     launcher.add("owned")
 
 
@@ -173,6 +186,7 @@ def _one_process_again(launcher: Launcher) -> None:
 def _owner_elsewhere(root: Path, name: str) -> Iterator[None]:
     """This process owns a run, as a start of it that still saves would."""
     path = root / ".locks" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("process 1 on elsewhere\n")
     with path.open("r+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)
@@ -219,10 +233,9 @@ def _flip(dataset: Path, data: WindowDataset, chunk: int) -> None:
         file.write(bytes([byte[0] ^ 1]))
 
 
-def _free_port() -> int:
-    """A port that nobody listens on, below those that the kernel gives to connections."""
-    while True:
-        port = random.randrange(20_000, 32_000)
+def _free_ports() -> Iterator[int]:
+    """Different ports that nobody listens on, below those that the kernel gives to connections."""
+    for port in random.sample(range(20_000, 32_000), 12_000):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
+                yield port

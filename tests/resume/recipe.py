@@ -1,6 +1,7 @@
 """The small run of these tests, and what it leaves behind as plain values."""
 
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,18 @@ def kill_after_checkpoint(root: Path, source: str, step: int, name: str) -> None
         if folder != run.checkpoint(step):
             shutil.rmtree(folder)
     (run.path / "status.json").write_text(json.dumps({**run.status, "state": "running", "step": step}))
+
+
+def lose_checkpoints(root: Path, source: str, name: str) -> None:
+    """Make run `name` what is left of `source` after somebody has removed its checkpoints."""
+    shutil.copytree(root / source, root / name)
+    shutil.rmtree(root / name / "checkpoints")
+
+
+def copy_in_part(root: Path, source: str, step: int, name: str) -> None:
+    """Make run `name` a copy of `source` in which a file of the checkpoint at `step` ends early."""
+    shutil.copytree(root / source, root / name)
+    os.truncate(RunFiles(root / name).checkpoint(step) / "__0_0.distcp", 1000)
 
 
 def load_everything(folder: Path) -> dict[str, Any]:

@@ -40,10 +40,12 @@ def test_kills_at_random_moments(tmp_path: Path, dataset: Path) -> None:
         assert not completed(runs), f"complete after {kills} kills: the run is too short for {KILLS}"
         training = runs.start()
         before = runs.run.newest
-        if random.random() < 0.3:  # while it starts, or soon after
-            time.sleep(random.uniform(0.0, 1.5 * until_first_checkpoint))
+        trains = lambda before=before, steps=0: runs.run.newest > before + steps or completed(runs)  # noqa: E731
+        if random.random() < 0.3:  # while it starts, or soon after, but not after much of the run on a machine now idle
+            end = time.monotonic() + random.uniform(0.0, 1.5 * until_first_checkpoint)
+            training.wait_until(lambda end=end, trains=trains: time.monotonic() > end or trains(steps=2))
         else:  # somewhere between two checkpoints, or while one is written
-            training.wait_until(lambda before=before: runs.run.newest > before or completed(runs))
+            training.wait_until(trains)
             time.sleep(random.uniform(0.0, 0.3))
         kills += training.is_running
         training.kill_all()

@@ -99,7 +99,8 @@ class Server:
             "--workers",
             "1",
         ]
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        jobs = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # eight processes that evaluate language models
+        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", **jobs}
         self._process = subprocess.Popen(
             command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )

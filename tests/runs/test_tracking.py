@@ -28,6 +28,7 @@ from tests.runs.mlflow_tools import Incarnation, fetch_run, history, make_config
 from tests.testing import ROOT
 
 pytest.importorskip("mlflow")
+with_store = pytest.mark.usefixtures("store_exists")
 
 CRASHING = """
 import os, sys, time
@@ -103,6 +104,7 @@ def test_a_run_arrives_whole(tmp_path: Path) -> None:
     assert json.loads((artifacts / "checkpoints.json").read_text()) == [reference]
 
 
+@with_store
 def test_the_times_of_file_and_store_are_the_same(tmp_path: Path) -> None:
     import mlflow
 
@@ -113,6 +115,7 @@ def test_the_times_of_file_and_store_are_the_same(tmp_path: Path) -> None:
     assert point.timestamp == read_metrics(run.directory.metrics)[0]["time_ms"]
 
 
+@with_store
 def test_nonfinite_values_are_counted_and_not_sent(tmp_path: Path) -> None:
     run = Incarnation(make_config(tmp_path))
     run.record(1, {"train/loss": 2.0, "train/grad_norm": 1.0})
@@ -125,6 +128,7 @@ def test_nonfinite_values_are_counted_and_not_sent(tmp_path: Path) -> None:
     assert math.isnan(read_metrics(run.directory.metrics)[1]["train/loss"])
 
 
+@with_store
 def test_names_become_acceptable_to_mlflow(tmp_path: Path) -> None:
     run = Incarnation(make_config(tmp_path))
     names = {"throughput(tps)": "throughput_tps_", "mfu(%)": "mfu___", "a//b/../c": "a/b/c", "/x": "x", "é": "_"}
@@ -134,6 +138,7 @@ def test_names_become_acceptable_to_mlflow(tmp_path: Path) -> None:
     assert {name: clean_name(name) for name in names} == names
 
 
+@with_store
 @pytest.mark.parametrize(
     ("how", "code", "status"), [("raise", 1, "FAILED"), ("interrupt", -2, "KILLED"), ("exit", 3, "FAILED")]
 )
@@ -144,6 +149,7 @@ def test_an_unfinished_process_does_not_look_finished(tmp_path: Path, how: str, 
     assert len(history(store(tmp_path), directory, "train/loss")) == 10
 
 
+@with_store
 def test_a_killed_run_is_continued_without_a_step_twice(tmp_path: Path) -> None:
     assert run_program("sigkill", tmp_path, last=12) == -signal.SIGKILL
     directory = RunDirectory(tmp_path / "run")
@@ -172,6 +178,7 @@ def test_a_killed_run_is_continued_without_a_step_twice(tmp_path: Path) -> None:
     assert names == ["checkpoints.json", "config.1.yaml", "config.yaml"]
 
 
+@with_store
 def test_what_an_earlier_start_could_not_deliver_is_delivered_by_the_next(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     directory = RunDirectory(tmp_path / "run")
@@ -186,6 +193,7 @@ def test_what_an_earlier_start_could_not_deliver_is_delivered_by_the_next(tmp_pa
     assert fetch_run(store(tmp_path), directory).info.status == "KILLED"
 
 
+@with_store
 def test_a_run_id_of_another_store_gives_a_run_in_this_one(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     run = Incarnation(config)
@@ -198,6 +206,7 @@ def test_a_run_id_of_another_store_gives_a_run_in_this_one(tmp_path: Path) -> No
     assert history(other, moved.directory, "train/loss") == [(1, 1.0), (2, 2.0)]
 
 
+@with_store
 def test_replay_fills_holes_and_sets_the_end_status(tmp_path: Path) -> None:
     config = make_config(tmp_path)
     run = Incarnation(config)
@@ -216,6 +225,7 @@ def test_replay_fills_holes_and_sets_the_end_status(tmp_path: Path) -> None:
     assert replay(run.directory, environment={}) == 0
 
 
+@with_store
 def test_replay_ends_a_run_that_was_killed_but_none_that_goes_on(tmp_path: Path) -> None:
     run = Incarnation(make_config(tmp_path))
     run.record(1, {"train/loss": 1.0})
@@ -236,6 +246,7 @@ def test_replay_ends_a_run_that_was_killed_but_none_that_goes_on(tmp_path: Path)
     run.tracker.close("FAILED")
 
 
+@with_store
 def test_replay_creates_a_run_that_mlflow_never_saw(tmp_path: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.create(dump_config(make_config(tmp_path, experiment="later")))
@@ -308,6 +319,7 @@ def test_the_command_that_shows_the_store(tmp_path: Path, monkeypatch: pytest.Mo
     assert {uri: RunDescription(uri, "e", "r", {}, {}).viewer for uri in commands} == commands
 
 
+@with_store
 def test_sync_as_a_command(tmp_path: Path) -> None:
     def sync(folder: Path) -> tuple[int, str, str]:
         command = [sys.executable, "-m", "launch", "track", "sync", str(folder)]
@@ -397,6 +409,7 @@ def test_the_runs_of_a_sweep_know_their_parent(tmp_path: Path) -> None:
     assert prepare(Request(recipe, overrides, nodes=1), profile, {}).configs[0].tracking.parent is None
 
 
+@with_store
 def test_a_launcher_tells_mlflow_of_ranks_that_died_silently(tmp_path: Path) -> None:
     assert run_program("sigkill", tmp_path) == -signal.SIGKILL
     directory = RunDirectory(tmp_path / "run")

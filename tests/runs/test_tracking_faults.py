@@ -140,6 +140,7 @@ def test_eight_runs_of_a_sweep_start_together_on_a_fresh_store(tmp_path: Path) -
     assert len(client.search_runs([found.info.experiment_id])) == 9, "parents that lost the race are deleted"
 
 
+@pytest.mark.usefixtures("store_exists")
 def test_the_parent_has_the_status_of_its_children(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     first = Incarnation(make_config(tmp_path, "a", parent="s"), uri=uri)

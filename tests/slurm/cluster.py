@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+COMMAND_POLL = 0.4
+"""Seconds between SLURM's commands while something is waited for: ten a second would take much of a core."""
 SEARCH = ("usr/sbin", "usr/bin", "sbin", "bin")
 CONF = """\
 ClusterName=tests
@@ -148,7 +150,8 @@ class Cluster:
         return dict(re.findall(r"(\w+)=(\S*)", self.try_call("scontrol", "show", "job", job_id, "-o")))
 
     def wait_for_state(self, job_id: str, *states: str, timeout: float = 90) -> dict[str, str]:
-        wait_until(lambda: self.job(job_id).get("JobState") in states, timeout, lambda: str(self.job(job_id)))
+        is_reached = lambda: self.job(job_id).get("JobState") in states  # noqa: E731
+        wait_until(is_reached, timeout, lambda: str(self.job(job_id)), COMMAND_POLL)
         return self.job(job_id)
 
     def _logs(self) -> str:
@@ -163,7 +166,7 @@ class Cluster:
             text += f"PluginDir={plugins}\n"
         for node, port in zip(self.nodes, ports[1:], strict=True):
             text += f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=2 RealMemory=2000\n"
-        text += "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=20\n"
+        text += "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60\n"
         text += "PartitionName=urgent Nodes=ALL MaxTime=INFINITE PriorityTier=10\n"
         (self.base / "slurm.conf").write_text(text)
         (self.base / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
@@ -195,9 +198,12 @@ def free_ports(count: int) -> Iterator[int]:
 
 
 def wait_until(
-    condition: Callable[[], bool], timeout: float, describe: Callable[[], str] = lambda: "it did not happen"
+    condition: Callable[[], bool],
+    timeout: float,
+    describe: Callable[[], str] = lambda: "it did not happen",
+    poll: float = 0.1,
 ) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"after {timeout} s: {describe()}"
-        time.sleep(0.1)
+        time.sleep(poll)

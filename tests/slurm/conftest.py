@@ -10,13 +10,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.resume.recipe import RunFiles, write_config
-from tests.slurm.cluster import Cluster, environment_of, parents_command, wait_until
+from tests.slurm.cluster import COMMAND_POLL, Cluster, environment_of, parents_command, wait_until
 from tests.testing import ROOT
 
 PROFILE = """\
@@ -104,7 +105,7 @@ class User:
         """Wait for a start after the first `count`, or the end of the job."""
         over = ("COMPLETED", "FAILED")
         happened = lambda: len(self.starts(name)) > count or self.cluster.job(job_id)["JobState"] in over  # noqa: E731
-        wait_until(happened, 240, lambda: self.log(name))
+        wait_until(happened, 240, lambda: self.log(name), COMMAND_POLL)
 
     def wait_until_training(self, name: str, start: int) -> None:
         """Wait until a start of a run has logged two steps, or the run is complete."""
@@ -120,16 +121,32 @@ class User:
 
         wait_until(trains, 240, lambda: self.log(name))
 
-    def kill_rank(self, name: str, number: signal.Signals = signal.SIGKILL) -> bool:
-        """Send a signal to one rank of the last start of a run; False if there is none at this moment."""
+    def ranks(self, name: str) -> list[psutil.Process]:
+        """The ranks of the last start of a run that live at this moment."""
         start = str(self.starts(name)[-1])
-        ranks = [
+        return [
             process
             for process in psutil.process_iter()
             if (found := environment_of(process)).get("QSPARSE_ATTEMPT") == start
             and "RANK" in found
             and "pipeline.torchrun" in parents_command(process)  # not what ranks start
         ]
+
+    @contextmanager
+    def paused(self, name: str) -> Iterator[None]:
+        """The ranks of a run stand still, so that it is not over before something happens to it."""
+        ranks = self.ranks(name)
+        assert ranks, self.log(name)
+        for rank in ranks:
+            rank.suspend()
+        yield
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.resume()
+
+    def kill_rank(self, name: str, number: signal.Signals = signal.SIGKILL) -> bool:
+        """Send a signal to one rank of the last start of a run; False if there is none at this moment."""
+        ranks = self.ranks(name)
         if ranks:
             random.choice(ranks).send_signal(number)
         return bool(ranks)

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.resume.recipe import RunFiles
-from tests.slurm.cluster import wait_until
+from tests.slurm.cluster import COMMAND_POLL, wait_until
 from tests.slurm.conftest import LONG, STEPS, User, assert_as_undisturbed
 
 pytestmark = pytest.mark.slow
@@ -18,11 +18,12 @@ def test_two_nodes_from_queue_to_end(user: User, undisturbed: RunFiles) -> None:
     assert_waits(user, job)
     user.cluster.call("scontrol", "update", "PartitionName=main", "State=UP")
     user.wait_for_step("story", 4)
-    assert_runs(user, job)
     stopped_at = preempt(user, job)
     user.wait("story", job, "RUNNING")
     user.wait_for_step("story", stopped_at + 4)
-    cancel = user.qsparse("cancel", "story")
+    with user.paused("story"):
+        cancel = user.qsparse("cancel", "story")
+        wait_until(lambda: "cancelled: asking the ranks" in user.log("story"), 120, lambda: user.log("story"))
     assert (cancel.returncode, f"job {job} saves and ends" in cancel.stdout) == (0, True), cancel.stderr
     user.wait("story", job)
     cancelled_at = user.run("story").newest
@@ -52,10 +53,14 @@ def assert_runs(user: User, job: str) -> None:
 
 
 def preempt(user: User, job: str) -> int:
-    """An urgent job takes a node of a job, which saves and waits; returns the step of its checkpoint."""
+    """An urgent job takes a node of a job that runs, which saves and waits; returns the step of its checkpoint."""
     node = user.cluster.hostnames(user.cluster.job(job)["NodeList"])[0]
     options = ("--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null", "--parsable")
-    urgent = user.cluster.call("sbatch", *options, "--wrap=sleep 8").strip()
+    with user.paused("story"):
+        assert_runs(user, job)
+        urgent = user.cluster.call("sbatch", *options, "--wrap=sleep 8").strip()
+        is_preempted = lambda: user.cluster.job(job).get("PreemptTime", "None") != "None"  # noqa: E731
+        wait_until(is_preempted, 120, lambda: user.log("story"), COMMAND_POLL)
     user.cluster.wait_for_state(urgent, "RUNNING", timeout=120)
     user.cluster.wait_for_state(job, "PENDING", timeout=120)
     assert user.status("story")["state"].startswith("preempted (waits to go on")
@@ -125,7 +130,9 @@ def test_the_time_limit_saves_and_requeues(user: User) -> None:
     job = user.launch("limited", "training.steps=100000", "checkpoint.interval=0", "--time", "20", nodes=1)
     user.wait_until_training("limited", 0)
     minutes = int(user.cluster.job(job)["RunTime"].split(":")[1])
-    user.cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}")  # within signal_seconds
+    with user.paused("limited"):  # SLURM looks at the limits every 30 s
+        user.cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}")  # within signal_seconds
+        wait_until(lambda: "asking the ranks to save" in user.log("limited"), 180, lambda: user.log("limited"))
     wait_until(lambda: bool(user.decisions("limited")), 120, lambda: user.log("limited"))
     decision = user.decisions("limited")[0]
     assert decision.startswith("requeue stopped (the time limit is near) at step "), user.log("limited")

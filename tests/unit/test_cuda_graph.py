@@ -12,7 +12,6 @@ REFUSED = {
     "parallel.pp=2": "parallel.pp=2: set parallel.pp=1",
     "parallel={overlap_param_gather: true, distributed_optimizer: true}": "parallel.overlap_param_gather=True: set "
     "parallel.overlap_param_gather=false",
-    "model.moe={num_experts: 4}": "model.moe=set: set model.moe=null",
     "model.dropout=0.1": "model.dropout=0.1: set model.dropout=0",
     "training.recompute=full": "training.recompute=full: set training.recompute=up_projection",
     "training.recompute=selective": "training.recompute=selective: set training.recompute=up_projection",
@@ -27,6 +26,39 @@ def test_what_does_not_work_with_a_graph(override: str) -> None:
         load_config(None, ["run.cuda_graph=true", override])
     (problem,) = error.value.problems
     assert problem.endswith(f": run.cuda_graph=true does not work with {REFUSED[override]} or run.cuda_graph=false")
+
+
+BITNET = "model.qsparse={weights: ternary, activations: int8, sub_norm: true, sparsity: 0.5}"
+WITH_EXPERTS = {
+    "parallel.ep=2": "parallel.ep=2: set parallel.ep=1",
+    "run.backend=local": "run.backend=local: set run.backend=te",
+    "model.moe.capacity_factor=1.5": "model.moe.capacity_factor=1.5: set model.moe.capacity_factor=null",
+    "model.moe.dispatcher=allgather": "model.moe.dispatcher=allgather: set model.moe.dispatcher=alltoall",
+    "model.moe.execution=sequential": "model.moe.execution=sequential: set model.moe.execution=grouped",
+    "model.qsparse.quantization_warmup.steps=9": "model.qsparse.quantization_warmup.steps=9: set "
+    "model.qsparse.quantization_warmup.steps=0",
+}
+
+
+@pytest.mark.parametrize("override", WITH_EXPERTS)
+def test_what_does_not_work_with_a_graph_and_experts(override: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(None, ["run.cuda_graph=true", BITNET, "model.moe={num_experts: 4}", override])
+    expected = f": run.cuda_graph=true does not work with model.moe and {WITH_EXPERTS[override]}"
+    assert any(problem.endswith(f"{expected} or run.cuda_graph=false") for problem in error.value.problems)
+
+
+@pytest.mark.parametrize(
+    "override", ["model.qsparse.weights=full", "model.qsparse.rules=[{match: '*.experts.*.3.linear_fc1', sparsity: 0}]"]
+)
+def test_experts_of_a_graph_have_one_ternary_format(override: str) -> None:
+    with pytest.raises(ConfigError, match="unless all experts have one format, ternary weights and int8 activations"):
+        load_config(None, ["run.cuda_graph=true", BITNET, "model.moe={num_experts: 4}", override])
+
+
+def test_ternary_experts_of_one_rank_do() -> None:
+    config = load_config(None, ["run.cuda_graph=true", BITNET, "model.moe={num_experts: 4}", "parallel.dp=2"])
+    assert config.run.cuda_graph
 
 
 def test_several_microbatches_and_recomputed_projections_do() -> None:

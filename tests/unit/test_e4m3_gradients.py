@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from qsparse_layers.config import LinearFormat
-from qsparse_layers.functional import LinearCall, WeightParts, qsparse_linear
+from qsparse_layers.functional import qsparse_linear
+from qsparse_layers.linear_call import LinearCall, WeightParts
 
 EXACT = LinearFormat(sparsity=0.5, weights="ternary", activations="int8")
 ROUNDED = EXACT.model_copy(update={"gradients": "e4m3"})

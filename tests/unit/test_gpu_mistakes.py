@@ -56,6 +56,10 @@ def test_memory_that_does_not_suffice_ends_with_its_code_and_remedies(
     [
         ([], lambda found: "training.recompute=up_projection" not in found),
         (["training.recompute=full", *QUANTIZED], lambda found: not any("recompute" in one for one in found)),
+        (
+            [*QUANTIZED, "training.precision=bf16", "run.keep_bf16_weights=true"],
+            lambda found: "run.keep_bf16_weights=false" in found,
+        ),
         ([*QUANTIZED, "model.moe={num_experts: 4}"], lambda found: "training.recompute=up_projection" not in found),
     ],
 )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from qsparse_layers.config import LinearFormat
-from qsparse_layers.functional import LinearCall, WeightParts, qsparse_linear
+from qsparse_layers.functional import qsparse_linear
+from qsparse_layers.linear_call import LinearCall, WeightParts
 
 
 def round_clip(x: Tensor, low: float, high: float) -> Tensor:

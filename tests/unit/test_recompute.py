@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from qsparse_layers.config import LinearFormat
-from qsparse_layers.functional import LinearCall, WeightParts, qsparse_linear
+from qsparse_layers.functional import qsparse_linear
+from qsparse_layers.linear_call import LinearCall, WeightParts
 from qsparse_layers.recompute import recomputed
 from tests.distributed.test_layouts import DENSE, FULL, TP_SP, case
 from tests.testing import torchrun

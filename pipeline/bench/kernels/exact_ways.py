@@ -1,7 +1,7 @@
 """What the exact mode pays for bringing codes to bf16 in its backward pass, and two ways to pay less.
 
     one after the other    sparsify, forward, weight to bf16, dX, input to bf16, dW: what `ExactBackward` does
-    weight kept in bf16    made once per optimizer step next to the int8 codes: 2 more bytes per weight
+    weight kept in bf16    made once per optimizer step (`run.keep_bf16_weights`): 2 more bytes per weight
     input beside dX        the input is expanded on a second stream while the tensor cores compute dX
 
 All three compute the same bits.  The kernels are called without autograd, as one CUDA graph.

@@ -7,8 +7,8 @@ Three contests per shape, all on the same values:
     passes                  the kernels one by one; their sum against the whole shows what autograd adds
 
 `ours` runs `qsparse_layers.functional.qsparse_linear`.  Ternary codes come from the cache, as in all microbatches but
-the first; Transformer Engine keeps its FP8 weight, too.  The naive code makes its ternary weight in every call, as such
-code does.
+the first (with `run.keep_bf16_weights` also in bf16, as dX wants them); Transformer Engine keeps its FP8 weight, too.
+The naive code makes its ternary weight in every call, as such code does.
 """
 
 # ruff: noqa: E741 - O is a dimension
@@ -29,12 +29,14 @@ from pipeline.bench.kernels.case import Case, Check, Contest, Options, Section, 
 from pipeline.bench.kernels.layer_report import FORWARD, PASSES, WHOLE, draw, table
 from pipeline.bench.kernels.timing import Call, Rates
 from qsparse_layers.config import LinearFormat
-from qsparse_layers.functional import LinearCall, TernaryCache, WeightParts, qsparse_linear
+from qsparse_layers.functional import qsparse_linear
+from qsparse_layers.linear_call import LinearCall, TernaryCache, WeightParts
 
 TOKENS = 8192
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (2048, 8192))
 SPARSITY = 0.5
 DENSE, EXACT, FAST = "dense bf16", "ours exact", "ours fast"
+KEPT = "ours exact, bf16 weights kept"
 _EXACT_FORMAT = LinearFormat(sparsity=SPARSITY, weights="ternary", activations="int8")
 _FAST_FORMAT = LinearFormat(sparsity=SPARSITY, weights="ternary", activations="int8", gradients="e4m3")
 
@@ -51,6 +53,7 @@ class LayerCase:
         tokens: T.
         device: where.
         kernels: what `ours` runs on; None: the fast ones of the device.
+        keeping: the same for weights kept in bf16.
         compiled: time the compiled naive layer, too.
     """
 
@@ -62,11 +65,13 @@ class LayerCase:
         device: str,
         *,
         kernels: Kernels | None = None,
+        keeping: Kernels | None = None,
         compiled: bool = False,
     ) -> None:
         torch.manual_seed(0)
         self._sizes = tokens, D, O
         self._kernels = kernels or kernels_for(device)
+        self._keeping = keeping or kernels or kernels_for(device, keep_bf16_weights=True)
         self._compiled = compiled
         self._kept = int((1 - SPARSITY) * D)
         self.x = torch.randn(tokens, D, device=device).bfloat16().requires_grad_()
@@ -95,6 +100,7 @@ class LayerCase:
             kernels=kernels,
             cache=TernaryCache(),
             weight_version=0,
+            expander=kernels.expander if layout.gradients == "full" else None,
         )
         return lambda x: qsparse_linear(x, self.weight, call)
 
@@ -109,6 +115,9 @@ class LayerCase:
             yield Check(f"{name}, dW", relative_error(dw, want_dw), 2**-7)
             if name == EXACT:
                 exact_gradients = want_dx, want_dw
+                kept = self._outcome(self._ours(layout, self._keeping))
+                same = max(mismatch(*pair) for pair in zip(kept, (y, dx, dw), strict=True))
+                yield Check(f"{KEPT}: the bits of {EXACT}", same, 0.0)
             else:
                 yield Check("dX of ours fast against exact", relative_error(dx, exact_gradients[0]), 2**-4)
                 yield Check("dW of ours fast against exact", relative_error(dw, exact_gradients[1]), 2**-4)
@@ -125,6 +134,12 @@ class LayerCase:
         if self._compiled:
             compiled = torch.compile(partial(naive.naive_linear, weight=self.weight, kept=self._kept), dynamic=False)
             rivals["naive compiled"] = self.train(compiled)
+        ours = {
+            DENSE: ours[DENSE],
+            EXACT: ours[EXACT],
+            KEPT: self._ours(_EXACT_FORMAT, self._keeping),
+            FAST: ours[FAST],
+        }
         variants = {name: self.train(layer) for name, layer in ours.items()}
         floors = self.floors(rates)
         yield Contest(WHOLE, variants, rivals=rivals | self.libraries(), baseline=DENSE, floors=floors)
@@ -136,6 +151,7 @@ class LayerCase:
         return {
             DENSE: 3 * product["bf16"],
             EXACT: product["int8"] + 2 * product["bf16"],
+            KEPT: product["int8"] + 2 * product["bf16"],
             FAST: product["int8"] + 2 * product["fp8"],
         }
 

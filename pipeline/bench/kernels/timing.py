@@ -52,6 +52,7 @@ def measure(
     rounds: int = 9,
     fill_us: float = 1500.0,
     stream: torch.cuda.Stream | None = None,
+    graphs: bool = True,
 ) -> dict[str, Timing]:
     """Time each variant in every round.
 
@@ -61,9 +62,10 @@ def measure(
         fill_us: microseconds that one timing should take at least.
         stream: that graphs are recorded on.  Autograd runs a backward on the stream of its forward, so a variant that
             was called before must have been called on this one.
+        graphs: try to record; False where the variants wait for the host or for each other.
     """
     stream = stream or side_stream()
-    prepared = {name: _prepare(variant, fill_us, stream) for name, variant in variants.items()}
+    prepared = {name: _prepare(variant, fill_us, stream, graphs) for name, variant in variants.items()}
     samples: dict[str, list[float]] = {name: [] for name in prepared}
     for number in range(rounds + 1):
         for name, one in prepared.items():
@@ -80,7 +82,7 @@ def _timing(samples: list[float], how: Literal["graph", "calls"]) -> Timing:
     return Timing(median, low, high, how)
 
 
-def _prepare(variant: Variant, fill_us: float, stream: torch.cuda.Stream | None) -> _Prepared:
+def _prepare(variant: Variant, fill_us: float, stream: torch.cuda.Stream | None, graphs: bool) -> _Prepared:
     calls = list(variant) if isinstance(variant, Sequence) else [variant]
     _synchronize()
 
@@ -103,7 +105,7 @@ def _prepare(variant: Variant, fill_us: float, stream: torch.cuda.Stream | None)
         return repeat, repeats * len(calls)
 
     run, count = prepared(fill_us)
-    graph = _record(run, stream)
+    graph = _record(run, stream) if graphs else None
     if graph is None:  # the device waits for the first launch: with more calls that weighs less
         return _Prepared(*prepared(_CALLS_FILL * fill_us), "calls")
     return _Prepared(graph.replay, count, "graph")
@@ -161,8 +163,11 @@ def _synchronize() -> None:
 
 
 def copy(num_bytes: int, device: torch.device | str) -> Call:
-    """A copy that moves `num_bytes` in all, half read and half written: the floor of what must move as many."""
-    source = torch.randint(0, 256, (max(1, num_bytes // 2),), dtype=torch.uint8, device=device)
+    """A copy that moves `num_bytes` in all, half read and half written: the floor of what must move as many.
+
+    Whole lines of 512 bytes: PyTorch copies others in a slower way.
+    """
+    source = torch.randint(0, 256, (max(1, num_bytes // 1024) * 512,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 

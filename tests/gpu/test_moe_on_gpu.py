@@ -1,0 +1,68 @@
+"""Experts on GPUs: grouped products against the reference, as a CUDA graph, and spread over two GPUs."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.test_layouts import FULL, case
+from tests.gpu.test_layer_on_gpu import on_gpu, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+MIXTURES = {
+    "classic": {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 64},
+    "fine": {"num_experts": 64, "top_k": 8, "ffn_hidden_size": 16, "shared_ffn_hidden_size": 32, "layer_frequency": 2},
+}
+
+
+def mixture(
+    moe: dict[str, Any], *, parallel: dict[str, Any] | None = None, steps: int = 6, **run: Any
+) -> dict[str, Any]:
+    values = on_gpu(case(FULL, "bf16", parallel or {}, steps=steps, moe=moe), "auto")
+    return {**values, "run": {**values["run"], **run}}
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_grouped_experts_train_as_the_reference_does(name: str, tmp_path: Path) -> None:
+    """Gradients are float sums in other orders, and SubLN's moves single codes; a step of Adam is the sign of both."""
+    moe = MIXTURES[name]
+    cases = {
+        "reference": mixture({**moe, "execution": "sequential"}, kernels="reference"),
+        "sequential": mixture({**moe, "execution": "sequential"}),
+        "grouped": mixture(moe),
+    }
+    found = train(tmp_path, cases, nproc=1)
+    assert found["grouped"]["loss"][0] == found["sequential"]["loss"][0]
+    for run in ("grouped", "sequential"):
+        assert found[run]["loss"] == pytest.approx(found["reference"]["loss"], rel=5e-3), run
+        assert found[run]["grad_norm"][:3] == pytest.approx(found["reference"]["grad_norm"][:3], rel=2e-2), run
+
+
+@pytest.mark.skipif(find_spec("transformer_engine") is None, reason="needs Transformer Engine's permutation")
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_cuda_graph_with_experts_gives_the_losses_of_its_kernels(name: str, tmp_path: Path) -> None:
+    """Weights change under the graph, so it has to make their codes anew in every replay."""
+    cases = {"eager": mixture(MIXTURES[name], steps=12), "graph": mixture(MIXTURES[name], steps=12, cuda_graph=True)}
+    found = train(tmp_path, cases, nproc=1)
+    assert found["graph"]["loss"] == pytest.approx(found["eager"]["loss"], rel=2e-3)
+    assert found["graph"]["val"] == pytest.approx(found["eager"]["val"], rel=5e-3)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+def test_two_gpus_with_half_of_the_experts_each(tmp_path: Path) -> None:
+    """Codes and floats travel to the same result; one step gives one GPU's loss and gradient norm."""
+    moe = MIXTURES["classic"]
+    (tmp_path / "one").mkdir()
+    one = train(tmp_path / "one", {"one": mixture(moe, steps=1)}, nproc=1)["one"]
+    layouts = {"codes": {}, "full": {"dispatch": "full"}, "allgather": {"dispatcher": "allgather"}}
+    cases = {name: mixture({**moe, **keys}, parallel={"ep": 2}, steps=1) for name, keys in layouts.items()}
+    found = train(tmp_path, cases, nproc=2)
+    for name, run in found.items():
+        assert run["loss"] == pytest.approx(one["loss"], rel=1e-3), name
+        assert run["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2), name
+    assert found["codes"]["loss"] == found["full"]["loss"]
