@@ -2,7 +2,8 @@
 
 A kernel that reads 2 bytes and writes 1 has some thirty instructions per element before it takes longer than memory
 does.  Triton widens, rounds and splits element by element; here neighbouring elements of a thread share an instruction.
-The values are those of the plain operations, which Triton's interpreter computes instead.
+The values are those of the plain operations, which Triton's interpreter computes instead, and tiles that are smaller
+than what one instruction takes.
 """
 
 import triton
@@ -17,7 +18,7 @@ _ONES = tl.constexpr(0x01010101)
 @triton.jit
 def widened(x):
     """float32 of bf16, or of another type."""
-    if _INTERPRETED or x.dtype != tl.bfloat16:
+    if _INTERPRETED or x.dtype != tl.bfloat16 or x.numel < 2:
         wide = x.to(tl.float32)
     else:
         wide = tl.inline_asm_elementwise(
@@ -29,7 +30,7 @@ def widened(x):
 @triton.jit
 def nearest(x):
     """bf16 of float32, ties to even."""
-    if _INTERPRETED:
+    if _INTERPRETED or x.numel < 2:
         near = x.to(tl.bfloat16)
     else:
         near = tl.inline_asm_elementwise(
@@ -41,7 +42,7 @@ def nearest(x):
 @triton.jit
 def larger_magnitude(a, b):
     """max(|a|, |b|) in which NaN wins."""
-    if _INTERPRETED or a.dtype != tl.bfloat16:
+    if _INTERPRETED or a.dtype != tl.bfloat16 or a.numel < 2:
         magnitude = tl.maximum(tl.abs(widened(a)), tl.abs(widened(b)), propagate_nan=tl.PropagateNan.ALL)
     else:
         magnitude = tl.inline_asm_elementwise(

@@ -46,6 +46,14 @@ def _cuda_graph_with_experts(config: "Config", moe: "MoEConfig") -> Iterator[Vio
     }
     why = "does not work with model.moe and"
     yield from obstructed(config, "run.cuda_graph=true", "false", obstacles, why=why)
+    width_key = "model.ffn_hidden_size" if moe.ffn_hidden_size is None else "model.moe.ffn_hidden_size"
+    width = moe.ffn_hidden_size or config.model.ffn_hidden_size
+    multiple = 16 if config.model.qsparse.gradients == "e4m3" else 64
+    if width % multiple:
+        message = f"run.cuda_graph=true does not work with model.moe and {width_key}={width}: grouped products take "
+        yield Violation(
+            (width_key, "run.cuda_graph"), f"{message}multiples of {multiple}; change it or set run.cuda_graph=false"
+        )
     formats = layer_formats(config.model, config.parallel)
     for name in ("linear_fc1", "linear_fc2"):
         found = {layout for path, layout in formats.items() if ".experts.local_experts." in path and name in path}

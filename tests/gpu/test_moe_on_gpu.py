@@ -16,7 +16,7 @@ pytestmark = [
 ]
 MIXTURES = {
     "classic": {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 64},
-    "fine": {"num_experts": 64, "top_k": 8, "ffn_hidden_size": 16, "shared_ffn_hidden_size": 32, "layer_frequency": 2},
+    "fine": {"num_experts": 64, "top_k": 8, "ffn_hidden_size": 64, "shared_ffn_hidden_size": 32, "layer_frequency": 2},
 }
 
 
@@ -40,7 +40,7 @@ def test_grouped_experts_train_as_the_reference_does(name: str, tmp_path: Path) 
     assert found["grouped"]["loss"][0] == found["sequential"]["loss"][0]
     for run in ("grouped", "sequential"):
         assert found[run]["loss"] == pytest.approx(found["reference"]["loss"], rel=5e-3), run
-        assert found[run]["grad_norm"][:3] == pytest.approx(found["reference"]["grad_norm"][:3], rel=2e-2), run
+        assert found[run]["grad_norm"][:3] == pytest.approx(found["reference"]["grad_norm"][:3], rel=5e-2), run
 
 
 @pytest.mark.skipif(find_spec("transformer_engine") is None, reason="needs Transformer Engine's permutation")

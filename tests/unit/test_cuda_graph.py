@@ -56,6 +56,13 @@ def test_experts_of_a_graph_have_one_ternary_format(override: str) -> None:
         load_config(None, ["run.cuda_graph=true", BITNET, "model.moe={num_experts: 4}", override])
 
 
+def test_experts_of_a_graph_fit_the_grouped_products() -> None:
+    overrides = ["run.cuda_graph=true", BITNET, "model.moe={num_experts: 4, ffn_hidden_size: 96}"]
+    with pytest.raises(ConfigError, match=r"model\.moe\.ffn_hidden_size=96: grouped products take multiples of 64"):
+        load_config(None, overrides)
+    assert load_config(None, [*overrides, "model.qsparse.gradients=e4m3"]).model.moe is not None
+
+
 def test_ternary_experts_of_one_rank_do() -> None:
     config = load_config(None, ["run.cuda_graph=true", BITNET, "model.moe={num_experts: 4}", "parallel.dp=2"])
     assert config.run.cuda_graph

@@ -75,9 +75,12 @@ class FusedCase:
         form = self._form
         return fused.sparsify(self._x, kept, activation=form.activation, gain=self._gain, eps=EPS, launch=launch)
 
-    def _gradients(self, launch: fused_backward.NormLaunch | None = None) -> tuple[Tensor, Tensor | None]:
+    def _gradients(
+        self, launch: fused_backward.NormLaunch | None = None, *, wide_gain: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        gain = self._gain.float() if wide_gain and self._gain is not None else self._gain
         return fused_backward.backward(
-            self._grad, self._x, activation=self._form.activation, gain=self._gain, rstd=self._rstd, launch=launch
+            self._grad, self._x, activation=self._form.activation, gain=gain, rstd=self._rstd, launch=launch
         )
 
     def _chain(self, x: Tensor, gain: Tensor | None) -> Tensor:
@@ -104,7 +107,7 @@ class FusedCase:
         yield from self._gradient_checks()
 
     def _gradient_checks(self) -> Iterator[Check]:
-        dx, dgain = self._gradients()
+        dx, dgain = self._gradients(wide_gain=True)  # whose gradient is not rounded to bf16
         wide = self._x[:CHECKED_ROWS].double().requires_grad_()
         gain = None if self._gain is None else self._gain.double()
         (want,) = torch.autograd.grad(self._chain(wide, gain), wide, self._grad[:CHECKED_ROWS].double())
