@@ -93,6 +93,10 @@ class Engine:
         dist.broadcast(logits, source, group=group)
         return logits
 
+    def close(self) -> None:
+        """No step follows."""
+        self._graph.close()
+
     def _run(
         self,
         microbatches: list[Microbatch],

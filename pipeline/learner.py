@@ -189,8 +189,9 @@ class Learner:
             )
 
     def close(self) -> None:
-        """Stop reading ahead."""
+        """Stop reading ahead, and let go of what would keep the process group alive; no step follows."""
         self.reader.close()
+        self.engine.close()
 
     def _share(self, losses: Losses, reader: BatchReader, stop: bool) -> tuple[float, bool]:
         """Mean loss of the global batch and whether anyone wants to stop, on all ranks, in one all-reduce."""

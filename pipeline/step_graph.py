@@ -53,6 +53,10 @@ class StepGraph:
         self._graph.replay()
         return [loss.clone() for loss in self._losses]
 
+    def close(self) -> None:
+        """Let go of the graph: a process group cannot be taken down while a graph holds one of its collectives."""
+        self._key = self._graph = None
+
     def _capture(self, tokens: Tensor) -> torch.cuda.CUDAGraph:
         self._tokens = tokens.clone()
         graph = torch.cuda.CUDAGraph()

@@ -102,8 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     gpus = torch.cuda.device_count() if options.device == "cuda" else options.processes
     wanted = {name: curve for name, curve in CURVES.items() if curve.tp * curve.dp <= gpus}
-    rows, failed = _train(wanted, options, console)
-    write_csv(options.output / "trajectories.csv", machine_lines(options.commit), COLUMNS, rows)
+    failed = _train(wanted, options, console)
     _draw(options.output, console)
     return 1 if failed else 0
 
@@ -127,11 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _train(
-    curves: Mapping[str, Curve], options: argparse.Namespace, console: Console
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Rows of the CSV, and the curves that failed."""
-    rows: list[dict[str, Any]] = []
+def _train(curves: Mapping[str, Curve], options: argparse.Namespace, console: Console) -> list[str]:
+    """Write the CSV, curve by curve; returns the curves that failed."""
+    head, rows = machine_lines(options.commit), []
     failed = []
 
     def start(name: str) -> Ranks:
@@ -149,13 +146,14 @@ def _train(
             console.print(f"{name}: {result}", markup=False, highlight=False)
         else:
             rows += _rows(name, result)
+            write_csv(options.output / "trajectories.csv", head, COLUMNS, rows)
             text = (
                 f"{name}: loss {result['loss'][-1]:.4f}, held-out {result['held_out']:.4f}, {result['seconds']:.1f} s"
             )
             console.print(text, markup=False, highlight=False)
         if later is not None:
             ranks = later
-    return rows, failed
+    return failed
 
 
 def _rows(name: str, result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -112,6 +112,19 @@ def test_a_cuda_graph_gives_the_losses_of_its_kernels(tmp_path: Path) -> None:
         assert found[f"{name}:graph"]["loss"] == pytest.approx(found[name]["loss"], rel=1e-3), name
 
 
+@TWO_GPUS
+def test_graphs_hold_collectives_and_let_go_of_them(tmp_path: Path) -> None:
+    """NCCL does not take a communicator down while a graph that uses it lives; the processes would never end."""
+    cases = {}
+    for name, parallel in {"tp2": TP_SP, "dp2": DP}.items():
+        values = on_gpu(case(FULL, "bf16", parallel, steps=6))
+        cases[name] = values
+        cases[f"{name}:graph"] = {**values, "run": {**values["run"], "cuda_graph": True}}
+    found = train(tmp_path, cases, nproc=2)
+    for name in ("tp2", "dp2"):
+        assert found[f"{name}:graph"]["loss"] == pytest.approx(found[name]["loss"], rel=1e-3), name
+
+
 def test_weights_kept_in_bf16_change_no_loss(tmp_path: Path) -> None:
     """In a graph, which reads the copies where the first captured step found them; attention's gradients vary."""
     plain = on_gpu(case(FULL, "bf16", {}))
