@@ -121,8 +121,7 @@ class _SharedCodes:
         kept = self._in_bf16.setdefault(layer, found)
         if kept is not found:
             kept.values.copy_(found.values)
-            if kept.scale is not None and found.scale is not None:
-                kept.scale.copy_(found.scale)
+            kept.scale.copy_(found.scale)
         return kept
 
 

@@ -234,7 +234,7 @@ def _draw(folder: Path, console: Console) -> int:
         "": table(rows),
         "By sequences per micro-batch (speed and memory against `dense` at the same):": batch_table(rows),
         "Milliseconds of one step:": breakdown_table(rows, sheets["train_breakdown"]),
-        "GiB at the peak:": memory_table(rows, sheets["train_memory"]),
+        "GiB at the peak, at the same micro-batch:": memory_table(rows, sheets["train_memory"]),
         "The longest kernels of a step:": kernel_table(rows, sheets["train_kernels"]),
         "On several GPUs, as many sequences per GPU:": scaling_table(rows),
     }

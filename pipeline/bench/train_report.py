@@ -123,14 +123,28 @@ def _of_best(rows: Sequence[Row], parts: Sequence[Row]) -> list[Row]:
     return [part for part in parts if tuple(part[key] for key in _WHAT) in wanted]
 
 
+def _at_equal_batch(rows: Sequence[Row], parts: Sequence[Row]) -> list[Row]:
+    """Those of `parts` at the largest micro-batch that every measured variant of their shape has; else of the best."""
+    rows = [row for row in _one_layout(rows) if not row["absent"]]
+    found = []
+    for shape in unique(rows, "shape"):
+        here = [row for row in rows if row["shape"] == shape]
+        batches = [{row["micro_batch"] for row in here if row["variant"] == name} for name in unique(here, "variant")]
+        if common := set.intersection(*batches):
+            here = [row for row in here if row["micro_batch"] == max(common, key=int)]
+        wanted = {tuple(row[key] for key in _WHAT) for row in best(here)}
+        found += [part for part in parts if tuple(part[key] for key in _WHAT) in wanted]
+    return found
+
+
 def breakdown_table(rows: Sequence[Row], breakdown: Sequence[Row]) -> str:
     """Milliseconds of a step: a line per shape and variant, a column per category."""
     return _category_table(_of_best(rows, breakdown), "ms", 1)
 
 
 def memory_table(rows: Sequence[Row], memory: Sequence[Row]) -> str:
-    """GiB at the peak: a line per shape and variant, a column per category."""
-    return _category_table(_of_best(rows, memory), "gib", 2)
+    """GiB at the peak, at the same micro-batch: a line per shape and variant, a column per category."""
+    return _category_table(_at_equal_batch(rows, memory), "gib", 2)
 
 
 def _category_table(parts: Sequence[Row], unit: str, digits: int) -> str:
@@ -172,8 +186,10 @@ def draw(sheets: Mapping[str, Sequence[Row]], path: Path) -> None:
         _stacks(four[1], _per_token(breakdown, here), names, f"{shape}: GPU time per token, ns")
         four[1].plot([per_token[name] for name in names], names, "k|", markersize=12, label="whole step")
         four[1].legend(frameon=False, fontsize=6)
-        memory = [row for row in _of_best(rows, sheets["train_memory"]) if row["shape"] == shape]
-        _stacks(four[2], [{**row, "amount": row["gib"]} for row in memory], names, f"{shape}: GiB at the peak")
+        memory = [row for row in _at_equal_batch(rows, sheets["train_memory"]) if row["shape"] == shape]
+        batches = "/".join(unique(memory, "micro_batch"))
+        title = f"{shape}: GiB at the peak, micro-batch {batches}"
+        _stacks(four[2], [{**row, "amount": row["gib"]} for row in memory], names, title)
         four[3].set_axis_off()
         for panel in four[:3]:
             panel.invert_yaxis()

@@ -4,6 +4,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,8 +56,7 @@ def measure(order: Order, config: Config) -> dict[str, Any] | None:
         On rank 0: numbers by name; `breakdown` holds milliseconds of one step by category, `kernels` those of single
         kernels, `memory` GiB by category.
     """
-    with parallel_world(config) as world:
-        learner = _learner(order, config, world)
+    with parallel_world(config) as world, closing(_learner(order, config, world)) as learner:
         for step in range(order.warmup_steps):
             learner.step(step)
         seconds: list[float] = []
@@ -70,7 +70,6 @@ def measure(order: Order, config: Config) -> dict[str, Any] | None:
                 break
         memory = memory_by_category(learner)
         kernels = _profile(learner, step + 1, world)
-        learner.close()
         return _numbers(order, config, seconds, loss, memory, kernels, world) if world.is_main else None
 
 

@@ -8,6 +8,7 @@ Started as `pipeline.bench.train_worker` is.
 import json
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,11 @@ def main(order: dict[str, Any], output: Path) -> None:
     length = config.training.seq_length
     train, held_out = (open_windows(order["data"], split, seq_length=length) for split in ("train", "val"))
     with parallel_world(config) as world:
-        learner = Learner(config, world, train, train.vocab_size, eod_id=train.eod_id)
-        begin = time.perf_counter()
-        results = [learner.step(step) for step in range(config.training.steps)]
-        seconds = time.perf_counter() - begin
-        loss = learner.evaluate(held_out)
-        learner.close()
+        with closing(Learner(config, world, train, train.vocab_size, eod_id=train.eod_id)) as learner:
+            begin = time.perf_counter()
+            results = [learner.step(step) for step in range(config.training.steps)]
+            seconds = time.perf_counter() - begin
+            loss = learner.evaluate(held_out)
         if world.is_main:
             found = {"loss": [one.loss for one in results], "grad_norm": [one.grad_norm for one in results]}
             output.write_text(json.dumps(found | {"held_out": loss, "seconds": seconds}), encoding="utf-8")
