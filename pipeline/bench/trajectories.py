@@ -20,7 +20,7 @@ from rich.console import Console
 
 from pipeline.bench.kernels.drawing import COLORS, panels, save, unique
 from pipeline.bench.machine import machine_lines
-from pipeline.bench.results import Row, markdown_table, read_csv, update_page, write_csv
+from pipeline.bench.results import Row, extend_csv, markdown_table, read_csv, update_page
 from pipeline.bench.train_ranks import Ranks
 
 WORKER = "pipeline.bench.trajectory_worker"
@@ -100,8 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit("qsparse bench trajectories: --data FOLDER, a prepared dataset, is needed")
     import torch
 
+    if unknown := [name for name in options.curves or () if name not in CURVES]:
+        raise SystemExit(
+            f"qsparse bench trajectories: --curves {'; '.join(unknown)}: expected some of {'; '.join(CURVES)}"
+        )
     gpus = torch.cuda.device_count() if options.device == "cuda" else options.processes
-    wanted = {name: curve for name, curve in CURVES.items() if curve.tp * curve.dp <= gpus}
+    chosen = {name: CURVES[name] for name in options.curves or CURVES}
+    wanted = {name: curve for name, curve in chosen.items() if curve.tp * curve.dp <= gpus}
     failed = _train(wanted, options, console)
     _draw(options.output, console)
     return 1 if failed else 0
@@ -116,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data", metavar="FOLDER", help="prepared dataset")
     add("--shape", choices=SHAPES, default="100m", help="model (default: 100m)")
+    add(
+        "--curves", nargs="+", metavar="NAME", help="only these; they join those in the CSV of the same machine and day"
+    )
     add("--steps", type=int, default=500, metavar="N", help="optimizer steps of each (default: 500)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where (default: cuda)")
     add("--processes", type=int, default=1, metavar="N", help="on the CPU: as many as GPUs (default: 1)")
@@ -146,7 +154,7 @@ def _train(curves: Mapping[str, Curve], options: argparse.Namespace, console: Co
             console.print(f"{name}: {result}", markup=False, highlight=False)
         else:
             rows += _rows(name, result)
-            write_csv(options.output / "trajectories.csv", head, COLUMNS, rows)
+            extend_csv(options.output / "trajectories.csv", head, COLUMNS, rows, keys=("curve",))
             text = (
                 f"{name}: loss {result['loss'][-1]:.4f}, held-out {result['held_out']:.4f}, {result['seconds']:.1f} s"
             )
