@@ -81,9 +81,11 @@ class Engine:
         """Logits of one batch on every rank: int64 [b, s] -> float32 [b, s, padded vocabulary]."""
         for chunk in self.chunks:
             chunk.eval()
-        results = self._run([Microbatch(tokens)], self._keep, forward_only=True, labels=False)
+        parallel = self.config.parallel
+        copies = parallel.pp if parallel.vpp > 1 else 1  # the interleaved schedule wants as many as there are stages
+        results = self._run([Microbatch(tokens)] * copies, self._keep, forward_only=True, labels=False)
         shape = torch.zeros(3, dtype=torch.int64, device=tokens.device)
-        local = _gather_vocabulary(results[0]) if results else None
+        local = _gather_vocabulary(results[0]).to(torch.float32) if results else None  # also of a float64 model
         source = parallel_state.get_pipeline_model_parallel_last_rank()
         if local is not None:
             shape.copy_(torch.tensor(local.shape))

@@ -42,7 +42,7 @@ class PhasedText:
 
 
 def trajectory(config: Config, text: Path | None) -> dict[str, list[float]]:
-    """Losses and gradient norms of all steps, and the held-out loss at the end."""
+    """Losses and gradient norms of all steps, and the held-out loss and some logits at the end."""
     initialize_layout(config)
     try:
         data = TextWindows(config.training.seq_length, text)
@@ -54,9 +54,18 @@ def trajectory(config: Config, text: Path | None) -> dict[str, list[float]]:
             "loss": [result.loss for result in results],
             "grad_norm": [result.grad_norm for result in results],
             "val": [learner.evaluate(data)],
+            "logits": logits_after(learner, data),
         }
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def logits_after(learner: Learner, data: TextWindows) -> list[float]:
+    """Some logits of what may follow a window of text; none under context parallelism, which does not generate."""
+    if learner.config.parallel.cp > 1:
+        return []
+    prompt = torch.from_numpy(data.windows([5])[:, :-1]).to(learner.world.device)
+    return learner.engine.logits(prompt)[0, -1, ord("a") : ord("z")].tolist()
 
 
 def main(cases: dict[str, dict], output: Path, text: Path | None, *, cpu: bool) -> None:

@@ -102,9 +102,11 @@ def test_two_real_ranks(tmp_path):
     result = preflight("--nproc", "2", "--folder", str(tmp_path), "--output", str(tmp_path / "out"))
     found = json.loads((tmp_path / "out/preflight.json").read_text())
     ranks = found["ranks"]
-    if not any("are free" in problem["message"] for problem in found["problems"]):
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert result.stdout.endswith("preflight passed\n")
+    messages = [problem["message"] for problem in found["problems"]]
+    # What a full or busy machine may have; nothing else is wrong with this one.
+    assert all("are free" in message or "matrix products at" in message for message in messages), result.stdout
+    assert result.returncode == (5 if messages else 0), result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1].startswith("preflight failed on" if messages else "preflight passed")
     assert [rank["rank"] for rank in ranks] == [0, 1]
     assert all(rank["sums_right"] and rank["gemm_tflops"] > 0 and rank["disk_megabytes_per_s"] > 0 for rank in ranks)
     assert ranks[0]["versions"] == ranks[1]["versions"]
