@@ -45,7 +45,7 @@ class QSparseGroupedMLP(QSparseSequentialMLP):
         ups = [expert.linear_fc1 for expert in self.local_experts]
         downs = [expert.linear_fc2 for expert in self.local_experts]
         if not (_is_groupable(ups) and _is_groupable(downs)):
-            if tokens.x.is_cuda and torch.cuda.is_current_stream_capturing():
+            if _is_captured(tokens.x):
                 raise RuntimeError("experts of several formats run one after the other: set run.cuda_graph=false")
             return super().outputs(tokens, tokens_per_expert)
         offsets = _offsets(tokens_per_expert, tokens.x.device)
@@ -59,6 +59,11 @@ class QSparseGroupedMLP(QSparseSequentialMLP):
         if gains is not None:
             hidden = _sub_norm(hidden, gains, downs[0], offsets)
         return _grouped_linear(ExpertInput(hidden), downs, offsets, self._stacks[1])
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether what is done to the tensor now goes into a CUDA graph."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _is_groupable(layers: Sequence[QSparseLinearMixin]) -> bool:
@@ -98,7 +103,7 @@ class _Stack:
         A CUDA graph that is being captured stacks once more, so that its replays do.
         """
         first = layers[0].schedule
-        state = (first.weight_version, layers[0].weight.is_cuda and torch.cuda.is_current_stream_capturing())
+        state = (first.weight_version, _is_captured(layers[0].weight))
         if self._codes is None or first.weight_version is None or state != self._state:
             operands = [prepare_weight(layer.weight, layer.call(sharding)) for layer in layers]
             stacked = StackedWeights.of([(operand.values, operand.scale) for operand in operands])

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pipeline.config_layers import layer_formats
-from pipeline.config_violation import Obstacle, Violation, obstructed
+from pipeline.config_violation import Obstacle, Violation, obstructed, value_of
 
 if TYPE_CHECKING:
     from moe.config import MoEConfig
@@ -101,11 +101,12 @@ def _offload(config: "Config") -> Iterator[Violation]:
     yield from obstructed(config, f"{key}={layers}", "0", obstacles)
 
 
-def _optimizer_overlap(config: "Config") -> Iterator[Violation]:
-    parallel = config.parallel
-    if parallel.overlap_param_gather and not parallel.distributed_optimizer:
-        key, needed = "parallel.overlap_param_gather", "parallel.distributed_optimizer"
-        yield Violation((key, needed), f"{key}=true needs {needed}=true: without it there is nothing to gather")
+def _parameter_gathers(config: "Config") -> Iterator[Violation]:
+    """Keys about a gather that only the distributed optimizer has."""
+    needed = "parallel.distributed_optimizer"
+    for key in ("parallel.overlap_param_gather", "parallel.ternary_param_gather"):
+        if value_of(config, key) and not value_of(config, needed):
+            yield Violation((key, needed), f"{key}=true needs {needed}=true: without it there is nothing to gather")
 
 
 def _ternary_gather(config: "Config") -> Iterator[Violation]:
@@ -113,9 +114,6 @@ def _ternary_gather(config: "Config") -> Iterator[Violation]:
     parallel, key = config.parallel, "parallel.ternary_param_gather"
     if not parallel.ternary_param_gather:
         return
-    if not parallel.distributed_optimizer:
-        needed = "parallel.distributed_optimizer"
-        yield Violation((key, needed), f"{key}=true needs {needed}=true: without it there is nothing to gather")
     if parallel.overlap_param_gather:
         other = "parallel.overlap_param_gather"
         message = f"{key}=true does not work with {other}=true: codes are gathered before the forward pass"
@@ -126,4 +124,4 @@ def _ternary_gather(config: "Config") -> Iterator[Violation]:
         yield Violation((key, needed), message)
 
 
-SPEED_RULES = (_cuda_graph, _kept_weights, _offload, _optimizer_overlap, _ternary_gather)
+SPEED_RULES = (_cuda_graph, _kept_weights, _offload, _parameter_gathers, _ternary_gather)

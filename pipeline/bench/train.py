@@ -24,6 +24,7 @@ from pipeline.bench.results import extend_csv, read_csv, update_page
 from pipeline.bench.train_categories import ACTIVATIONS
 from pipeline.bench.train_ranks import Ranks
 from pipeline.bench.train_report import (
+    KEYS,
     SHEETS,
     batch_table,
     breakdown_table,
@@ -35,7 +36,6 @@ from pipeline.bench.train_report import (
 )
 from pipeline.bench.train_variants import SHAPES, VARIANTS, WORKER, Order
 
-_KEYS = ("shape", "variant", "gpus", "tp", "micro_batch")
 _ROOM = 0.95
 """Share of the GPU's memory that twice the micro-batch may be expected to take."""
 _EPILOG = """\
@@ -187,8 +187,7 @@ class _Book:
 
     def enter(self, order: Order, result: Mapping[str, Any] | str) -> str:
         """Write a result, or why there is none; returns a line that tells it."""
-        keys = {"shape": order.shape, "variant": order.variant, "gpus": order.gpus, "tp": order.tp}
-        keys["micro_batch"] = order.micro_batch_size
+        keys = _keys(order)
         is_first = order.micro_batch_size <= SHAPES[order.shape].micro_batch_size * order.tp
         row = _row(order, result)
         if isinstance(result, str):
@@ -209,14 +208,19 @@ class _Book:
         if not isinstance(result, str) or is_first:
             self._rows["train"].append(row)
         for name, columns in SHEETS.items():
-            extend_csv(self._folder / f"{name}.csv", self._head, columns, self._rows[name], keys=_KEYS)
+            extend_csv(self._folder / f"{name}.csv", self._head, columns, self._rows[name], keys=KEYS)
         return f"{order.shape} {order.variant}, micro-batch {order.micro_batch_size}: {shown}"
+
+
+def _keys(order: Order) -> dict[str, Any]:
+    """The columns `KEYS`."""
+    values = (order.shape, order.variant, order.gpus, order.tp, order.micro_batch_size)
+    return dict(zip(KEYS, values, strict=True))
 
 
 def _row(order: Order, result: Mapping[str, Any] | str) -> dict[str, Any]:
     row: dict[str, Any] = dict.fromkeys(SHEETS["train"], "")
-    row |= {"shape": order.shape, "variant": order.variant, "gpus": order.gpus, "tp": order.tp}
-    row |= {"micro_batch": order.micro_batch_size, "microbatches": order.microbatches}
+    row |= {**_keys(order), "microbatches": order.microbatches}
     if isinstance(result, str):
         return row | {"absent": result}
     row |= {"tokens_per_s_per_gpu": f"{result['tokens_per_s_per_gpu']:.1f}"}

@@ -7,15 +7,16 @@ from typing import Any
 from pipeline.bench.kernels.drawing import COLORS, panels, save, unique
 from pipeline.bench.results import Row, markdown_table
 
-_WHAT = ("shape", "variant", "gpus", "tp", "micro_batch")
+KEYS = ("shape", "variant", "gpus", "tp", "micro_batch")
+"""Columns that say what was measured, in every CSV file."""
 SHEETS = {
     "train": (
-        *(*_WHAT, "microbatches", "cuda_graph", "tokens_per_s_per_gpu"),
+        *(*KEYS, "microbatches", "cuda_graph", "tokens_per_s_per_gpu"),
         *("ms_per_step", "q25_ms", "q75_ms", "peak_gib", "mfu", "loss", "absent"),
     ),
-    "train_breakdown": (*_WHAT, "category", "ms"),
-    "train_memory": (*_WHAT, "category", "gib"),
-    "train_kernels": (*_WHAT, "name", "category", "calls", "ms"),
+    "train_breakdown": (*KEYS, "category", "ms"),
+    "train_memory": (*KEYS, "category", "gib"),
+    "train_kernels": (*KEYS, "name", "category", "calls", "ms"),
 }
 """CSV files and their columns."""
 PROFILED = ("dense", "qsparse-bitnet", "qsparse-bitnet-fast")
@@ -117,10 +118,14 @@ def _rate_and_memory(row: Row, dense: Row | None) -> str:
     return f"{rate:,.0f} ({rate / _rate(dense):.2f}x), {gib} GiB ({gib / float(dense['peak_gib']) - 1:+.0%})"
 
 
+def _belonging_to(rows: Sequence[Row], parts: Sequence[Row]) -> list[Row]:
+    wanted = {tuple(row[key] for key in KEYS) for row in rows}
+    return [part for part in parts if tuple(part[key] for key in KEYS) in wanted]
+
+
 def _of_best(rows: Sequence[Row], parts: Sequence[Row]) -> list[Row]:
     """Those of `parts` that belong to the best rows of one layout."""
-    wanted = {tuple(row[key] for key in _WHAT) for row in best(_one_layout(rows))}
-    return [part for part in parts if tuple(part[key] for key in _WHAT) in wanted]
+    return _belonging_to(best(_one_layout(rows)), parts)
 
 
 def _at_equal_batch(rows: Sequence[Row], parts: Sequence[Row]) -> list[Row]:
@@ -132,8 +137,7 @@ def _at_equal_batch(rows: Sequence[Row], parts: Sequence[Row]) -> list[Row]:
         batches = [{row["micro_batch"] for row in here if row["variant"] == name} for name in unique(here, "variant")]
         if common := set.intersection(*batches):
             here = [row for row in here if row["micro_batch"] == max(common, key=int)]
-        wanted = {tuple(row[key] for key in _WHAT) for row in best(here)}
-        found += [part for part in parts if tuple(part[key] for key in _WHAT) in wanted]
+        found += _belonging_to(best(here), parts)
     return found
 
 

@@ -7,6 +7,7 @@ from pipeline.config import Config
 WORKER = "pipeline.bench.train_worker"
 NAIVE = {"sub_norm": True}
 BITNET = {"weights": "ternary", "activations": "int8", "sub_norm": True}
+FAST: dict[str, Any] = {"sparsity": 0.5, "gradients": "e4m3", **BITNET}
 
 
 class Variant(NamedTuple):
@@ -41,20 +42,20 @@ VARIANTS = {
     ),
     "bitnet": Variant("ternary weights, 8-bit activations", BITNET),
     "qsparse-bitnet": Variant("top-K 50%, ternary weights, 8-bit activations", {"sparsity": 0.5, **BITNET}),
-    "qsparse-bitnet-fast": Variant("the same with gradients=e4m3", {"sparsity": 0.5, "gradients": "e4m3", **BITNET}),
+    "qsparse-bitnet-fast": Variant("the same with gradients=e4m3", FAST),
     "qsparse-bitnet-lean": Variant(
         "fast, and training.recompute=up_projection: less memory",
-        {"sparsity": 0.5, "gradients": "e4m3", **BITNET},
+        FAST,
         recompute="up_projection",
     ),
     "qsparse-bitnet-moe": Variant(
         "fast, 8 experts of half the width, 2 per token",
-        {"sparsity": 0.5, "gradients": "e4m3", **BITNET},
+        FAST,
         experts=8,
     ),
     "block": Variant(
         "16:32 with gradients=e4m3",
-        {"sparsity": 0.5, "pattern": "block", "block_size": 32, "gradients": "e4m3", **BITNET},
+        {"pattern": "block", "block_size": 32, **FAST},
     ),
     "qsparse": Variant("top-K 50%, weights and activations in bf16", {"sparsity": 0.5}),
     "naive-bitnet": Variant("the usual BitNet training code, fake quantization in bf16", NAIVE, engine="fake"),
