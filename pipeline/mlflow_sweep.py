@@ -46,14 +46,25 @@ class SweepParent:
         self.update_status(client)
 
     def update_status(self, client: "MlflowClient") -> None:
-        """Derive the parent's status from its children."""
+        """Derive the parent's status from its children.
+
+        A sibling may end between our reading and our writing, and write before us.  So whoever writes reads again: the
+        last to write has then seen every child that ended before, and one that ends later writes after it.
+        """
+        written = None
+        while (status := self._status_of_children(client)) != written:
+            if status == "RUNNING":
+                client.update_run(self._run_id, status=status)
+            else:
+                client.set_terminated(self._run_id, status)
+            written = status
+
+    def _status_of_children(self, client: "MlflowClient") -> str:
         children = client.search_runs([self._experiment_id], f"tags.`{PARENT_TAG}` = '{self._run_id}'")
         found = {child.info.status for child in children}
         if found & {"RUNNING", "SCHEDULED"}:
-            client.update_run(self._run_id, status="RUNNING")
-            return
-        status = next((status for status in ("FAILED", "KILLED") if status in found), "FINISHED")
-        client.set_terminated(self._run_id, status)
+            return "RUNNING"
+        return next((status for status in ("FAILED", "KILLED") if status in found), "FINISHED")
 
     def _find(self, client: "MlflowClient") -> str:
         from mlflow.exceptions import MlflowException

@@ -6,10 +6,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipeline.metrics import MetricsLog, read_metrics, series
+from pipeline.mlflow_sweep import SweepParent
 from pipeline.run_directory import RunDirectory
 from tests.runs.mlflow_tools import Incarnation, fetch_run, history, make_config, wait_until
 from tests.testing import ROOT
@@ -159,3 +161,27 @@ def test_the_parent_has_the_status_of_its_children(tmp_path: Path) -> None:
     again.tracker.close("FINISHED")
     assert fetch_run(uri, parent).info.status == "FINISHED"
     assert fetch_run(uri, again.directory).data.tags["mlflow.parentRunId"] == fetch_run(uri, parent).info.run_id
+
+
+@pytest.mark.usefixtures("store_exists")
+def test_a_sibling_that_ends_while_a_run_starts(tmp_path: Path) -> None:
+    import mlflow
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    experiment = client.create_experiment("sweeps")
+    runs = [client.create_run(experiment).info.run_id for _ in range(2)]
+    parents = [SweepParent("s", tmp_path / "s") for _ in runs]
+
+    class Slow(mlflow.MlflowClient):
+        """By the time the status it derived is written, both runs have ended."""
+
+        def update_run(self, *args: Any, **kwargs: Any) -> None:
+            for run, parent in zip(runs, parents, strict=True):
+                client.set_terminated(run, "FINISHED")
+                parent.update_status(client)
+            super().update_run(*args, **kwargs)
+
+    parents[0].adopt(client, experiment, runs[0])
+    parents[1].adopt(Slow(client.tracking_uri), experiment, runs[1])
+    parent = (tmp_path / "s" / "mlflow_parent_id").read_text().strip()
+    assert client.get_run(parent).info.status == "FINISHED"
