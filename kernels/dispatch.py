@@ -13,6 +13,7 @@ Shapes: T tokens, D input features, O output features.
 
 import importlib
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -23,6 +24,8 @@ from torch.nn.functional import linear as dense_linear
 from kernels import reference
 
 Choice = Literal["auto", "triton", "reference"]
+Gather = Callable[[Tensor], Tensor]
+"""From the rows of this rank to those of all ranks that share them, in rank order."""
 Activation = Literal["relu2", "relu2_glu", "swiglu"]
 """Feed-forward activation in front of the down projection; the gated ones take [gate | up]."""
 
@@ -158,10 +161,12 @@ class Kernels(Protocol):
         x_scale: Tensor | None,
         e4m3: bool,
         expanded: Expanded | None = None,
+        gather: Gather | None = None,
     ) -> Backward:
         """The backward products of dY [..., O]; with `e4m3` dY is rounded to 8 bits first.
 
-        `expanded` is what the `expander` made of the weight and changes no bit of the results.
+        `expanded` is what the `expander` made of the weight and changes no bit of the results; neither does whether
+        dY holds all tokens or those of this rank and `gather` the others, but gradients in e4m3 travel as such.
         """
 
 
@@ -224,8 +229,10 @@ class ReferenceKernels:
         x_scale: Tensor | None,
         e4m3: bool,
         expanded: Expanded | None = None,
+        gather: Gather | None = None,
     ) -> Backward:
         """See `Kernels.backward`; multiplies by the codes in any case."""
+        grad = grad if gather is None else gather(grad)
         if not e4m3:
             return ReferenceBackward(grad, weight, weight_scale)
         return ReferenceE4M3Backward(grad, weight, weight_scale, e4m3_scale(weight, x_scale))

@@ -29,8 +29,27 @@ from kernels.sparsify_triton import larger
 
 _E4M3_MAX = tl.constexpr(448.0)
 _TINY = tl.constexpr(1e-30)
+_COMMON = tl.constexpr(127.0 / 448.0)
 TILE_TOKENS, TILE_FEATURES, TILE_WARPS = 128, 64, 4
 """Tile of the transposing kernels: both sides write whole 32-byte sectors."""
+
+
+@triton.jit
+def _load_gradients(row_ptr, weight_scale_ptr, output, outputs, SCALED: tl.constexpr):
+    grad = tl.load(row_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)
+    if SCALED:
+        grad *= tl.load(weight_scale_ptr + output, mask=output < outputs, other=0.0)
+    return grad
+
+
+@triton.jit
+def _row_scale(row_ptr, weight_scale_ptr, outputs, SCALED: tl.constexpr, CHUNK: tl.constexpr):
+    amax = tl.zeros([CHUNK], tl.float32)
+    for start in range(0, outputs, CHUNK):
+        output = start + tl.arange(0, CHUNK)
+        amax = larger(amax, tl.abs(_load_gradients(row_ptr, weight_scale_ptr, output, outputs, SCALED)))
+    largest = tl.reduce(amax, 0, larger)
+    return tl.where(largest < _TINY, _TINY, largest) / _E4M3_MAX
 
 
 @triton.jit
@@ -41,17 +60,25 @@ def _gradient_scale_kernel(
     """Scale of one token, and its part in the common scale."""
     token = tl.program_id(0)
     row_ptr = grad_ptr + token.to(tl.int64) * grad_stride
-    amax = tl.zeros([CHUNK], tl.float32)
+    scale = _row_scale(row_ptr, weight_scale_ptr, outputs, SCALED, CHUNK)
+    tl.store(scale_ptr + token, scale)
+    tl.atomic_max(common_ptr, scale * tl.load(x_scale_ptr + token) * _COMMON)
+
+
+@triton.jit
+def _round_gradient_kernel(
+    grad_ptr, weight_scale_ptr, scale_ptr, out_ptr, outputs, grad_stride, SCALED: tl.constexpr, CHUNK: tl.constexpr
+):
+    """One token: its scale and its codes."""
+    token = tl.program_id(0).to(tl.int64)
+    row_ptr = grad_ptr + token * grad_stride
+    scale = _row_scale(row_ptr, weight_scale_ptr, outputs, SCALED, CHUNK)
+    tl.store(scale_ptr + token, scale)
     for start in range(0, outputs, CHUNK):
         output = start + tl.arange(0, CHUNK)
-        grad = tl.load(row_ptr + output, mask=output < outputs, other=0.0).to(tl.float32)
-        if SCALED:
-            grad *= tl.load(weight_scale_ptr + output, mask=output < outputs, other=0.0)
-        amax = larger(amax, tl.abs(grad))
-    largest = tl.reduce(amax, 0, larger)
-    scale = tl.where(largest < _TINY, _TINY, largest) / _E4M3_MAX
-    tl.store(scale_ptr + token, scale)
-    tl.atomic_max(common_ptr, scale * tl.load(x_scale_ptr + token) * (127.0 / _E4M3_MAX))
+        grad = _load_gradients(row_ptr, weight_scale_ptr, output, outputs, SCALED)
+        code = (grad * (1.0 / scale)).to(tl.float8e4nv).to(tl.int8, bitcast=True)
+        tl.store(out_ptr + token * outputs + output, code, mask=output < outputs)
 
 
 @triton.jit
@@ -77,19 +104,22 @@ def _quantize_gradient_kernel(
 @triton.jit
 def _transpose_codes_kernel(
     codes_ptr, out_ptr, x_scale_ptr, grad_scale_ptr, common_ptr, rows, columns, codes_stride, out_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCALED: tl.constexpr, IN_E4M3: tl.constexpr,
 ):  # fmt: skip
+    """One tile of integers, times the scales or not, to e4m3; bytes that are e4m3 stay as they are."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     mask = (row < rows)[:, None] & (column < columns)[None, :]
     codes = tl.load(codes_ptr + row.to(tl.int64)[:, None] * codes_stride + column[None, :], mask=mask, other=0)
-    values = codes.to(tl.float32)
-    if SCALED:
-        factor = tl.load(x_scale_ptr + row, mask=row < rows, other=0.0)
-        factor *= tl.load(grad_scale_ptr + row, mask=row < rows, other=0.0)
-        values *= (factor / tl.load(common_ptr))[:, None]
+    if not IN_E4M3:
+        values = codes.to(tl.float32)
+        if SCALED:
+            factor = tl.load(x_scale_ptr + row, mask=row < rows, other=0.0)
+            factor *= tl.load(grad_scale_ptr + row, mask=row < rows, other=0.0)
+            values *= (factor / tl.load(common_ptr))[:, None]
+        codes = values.to(tl.float8e4nv).to(tl.int8, bitcast=True)
     target = out_ptr + column.to(tl.int64)[:, None] * out_stride + row[None, :]
-    tl.store(target, tl.trans(values.to(tl.float8e4nv).to(tl.int8, bitcast=True)), mask=tl.trans(mask))
+    tl.store(target, tl.trans(codes), mask=tl.trans(mask))
 
 
 @triton.jit
@@ -132,28 +162,75 @@ def quantize_gradient(grad: Tensor, x_scale: Tensor, weight_scale: Tensor | None
         ValueError: types or shapes that the kernel does not take.
     """
     tokens, outputs = check_rows(grad, "grad", 2**31 - 1).shape
-    check_dtype(x_scale, "x_scale", (torch.float32,))
-    if x_scale.numel() != tokens:
-        raise ValueError(f"x_scale has {x_scale.numel()} numbers for {tokens} tokens")
-    if weight_scale is not None and weight_scale.numel() != outputs:
-        raise ValueError(f"weight_scale has {weight_scale.numel()} numbers for {outputs} output features")
-    codes = torch.empty(tokens, outputs, dtype=torch.float8_e4m3fn, device=grad.device)
+    _check_scales(tokens, outputs, x_scale, weight_scale)
+    codes, scale = _empty_codes(grad)
     transposed = _token_contiguous(outputs, tokens, grad.device)
-    scale = torch.empty(tokens, 1, dtype=torch.float32, device=grad.device)
     common = torch.zeros(1, dtype=torch.float32, device=grad.device)
     if codes.numel():
         scaled = weight_scale is not None
-        chunk = min(4096, next_power_of_2(outputs))
         _gradient_scale_kernel[(tokens,)](
-            grad, weight_scale, x_scale, scale, common, outputs, grad.stride(0),
-            SCALED=scaled, CHUNK=chunk, num_warps=max(1, chunk // 1024),
-        )  # fmt: skip
+            grad, weight_scale, x_scale, scale, common, outputs, grad.stride(0), SCALED=scaled, **_chunks(outputs)
+        )
         _quantize_gradient_kernel[(cdiv(tokens, TILE_TOKENS), cdiv(outputs, TILE_FEATURES))](
             grad, weight_scale, scale, codes.view(torch.int8), transposed.view(torch.int8),
             tokens, outputs, grad.stride(0), transposed.stride(0),
             TOKENS=TILE_TOKENS, OUTPUTS=TILE_FEATURES, SCALED=scaled, num_warps=TILE_WARPS,
         )  # fmt: skip
     return QuantizedGradient(codes, transposed, scale, common)
+
+
+def round_gradient(grad: Tensor, weight_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What of a `QuantizedGradient` concerns each token alone, to be sent: codes [T,O] and scales [T,1].
+
+    Args:
+        grad: dY [T,O], bf16, fp16 or fp32, of some of the tokens.
+        weight_scale: as in `quantize_gradient`.
+
+    Raises:
+        ValueError: types or shapes that the kernel does not take.
+    """
+    tokens, outputs = check_rows(grad, "grad", 2**31 - 1).shape
+    _check_scales(tokens, outputs, None, weight_scale)
+    codes, scale = _empty_codes(grad)
+    if codes.numel():
+        _round_gradient_kernel[(tokens,)](
+            grad, weight_scale, scale, codes.view(torch.int8), outputs, grad.stride(0),
+            SCALED=weight_scale is not None, **_chunks(outputs),
+        )  # fmt: skip
+    return codes, scale
+
+
+def gathered_gradient(codes: Tensor, scale: Tensor, x_scale: Tensor) -> QuantizedGradient:
+    """`quantize_gradient` of all tokens, from their `round_gradient`: codes e4m3 [T,O], scale and x_scale [T,1].
+
+    Raises:
+        ValueError: types or shapes that the kernel does not take.
+    """
+    tokens, outputs = check_rows(codes, "codes", 2**31 - 1, (torch.float8_e4m3fn,)).shape
+    _check_scales(tokens, outputs, x_scale, None)
+    common = scale.new_zeros(1)
+    if tokens:
+        common = (scale.flatten() * x_scale.flatten() * _COMMON.value).amax().view(1)
+    return QuantizedGradient(codes, _transpose(codes, None, None), scale, common)
+
+
+def _check_scales(tokens: int, outputs: int, x_scale: Tensor | None, weight_scale: Tensor | None) -> None:
+    if x_scale is not None:
+        check_dtype(x_scale, "x_scale", (torch.float32,))
+        if x_scale.numel() != tokens:
+            raise ValueError(f"x_scale has {x_scale.numel()} numbers for {tokens} tokens")
+    if weight_scale is not None and weight_scale.numel() != outputs:
+        raise ValueError(f"weight_scale has {weight_scale.numel()} numbers for {outputs} output features")
+
+
+def _empty_codes(grad: Tensor) -> tuple[Tensor, Tensor]:
+    scale = torch.empty(len(grad), 1, dtype=torch.float32, device=grad.device)
+    return torch.empty(grad.shape, dtype=torch.float8_e4m3fn, device=grad.device), scale
+
+
+def _chunks(outputs: int) -> dict[str, int]:
+    chunk = min(4096, next_power_of_2(outputs))
+    return {"CHUNK": chunk, "num_warps": max(1, chunk // 1024)}
 
 
 def transposed_input(codes: Tensor, x_scale: Tensor, gradient: QuantizedGradient) -> Tensor:
@@ -167,14 +244,14 @@ def transposed_weight(codes: Tensor) -> Tensor:
 
 
 def _transpose(codes: Tensor, x_scale: Tensor | None, gradient: QuantizedGradient | None) -> Tensor:
-    rows, columns = check_rows(codes, "codes", 2**31 - 1, (torch.int8,)).shape
+    rows, columns = check_rows(codes, "codes", 2**31 - 1, (torch.int8, torch.float8_e4m3fn)).shape
     out = _token_contiguous(columns, rows, codes.device)
     if codes.numel():
         _transpose_codes_kernel[(cdiv(rows, TILE_TOKENS), cdiv(columns, TILE_FEATURES))](
-            codes, out.view(torch.int8), x_scale,
+            codes.view(torch.int8), out.view(torch.int8), x_scale,
             None if gradient is None else gradient.scale_T1, None if gradient is None else gradient.common,
-            rows, columns, codes.stride(0), out.stride(0),
-            ROWS=TILE_TOKENS, COLUMNS=TILE_FEATURES, SCALED=gradient is not None, num_warps=TILE_WARPS,
+            rows, columns, codes.stride(0), out.stride(0), ROWS=TILE_TOKENS, COLUMNS=TILE_FEATURES,
+            SCALED=gradient is not None, IN_E4M3=codes.dtype == torch.float8_e4m3fn, num_warps=TILE_WARPS,
         )  # fmt: skip
     return out
 

@@ -12,6 +12,7 @@ from kernels.dispatch import (
     Expanded,
     Expander,
     Fused,
+    Gather,
     ReferenceKernels,
     Sharded,
     ShardedNorm,
@@ -72,13 +73,16 @@ class TritonKernels:
         x_scale: Tensor | None,
         e4m3: bool,
         expanded: Expanded | None = None,
+        gather: Gather | None = None,
     ) -> Backward:
         """See `Kernels.backward`."""
         if grad.dtype != torch.bfloat16 or not _fits(weight) or unaligned(grad.flatten(0, -2)):
-            return self._reference.backward(grad, weight, weight_scale=weight_scale, x_scale=x_scale, e4m3=e4m3)
-        if not e4m3:
-            return ExactBackward(grad, weight, weight_scale, expanded)
-        return FastBackward(grad, weight, weight_scale, e4m3_scale(weight, x_scale))
+            return self._reference.backward(
+                grad, weight, weight_scale=weight_scale, x_scale=x_scale, e4m3=e4m3, gather=gather
+            )
+        if e4m3:
+            return FastBackward(grad, weight, weight_scale, e4m3_scale(weight, x_scale), gather)
+        return ExactBackward(grad if gather is None else gather(grad), weight, weight_scale, expanded)
 
 
 class FusedKernels:
@@ -219,18 +223,32 @@ class ExactBackward:
 class FastBackward:
     """Both products in e4m3; see `kernels.gradients`."""
 
-    def __init__(self, grad: Tensor, weight: Tensor, weight_scale: Tensor | None, x_scale: Tensor) -> None:
+    def __init__(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        weight_scale: Tensor | None,
+        x_scale: Tensor,
+        gather: Gather | None = None,
+    ) -> None:
         self._shape, self._weight, self._x_scale = grad.shape, weight, x_scale.flatten()
         several = weight_scale is not None and weight_scale.numel() > 1
         self._outside = None if several else weight_scale
         self._inside = weight_scale if several else None
-        self._grad = gradients.quantize_gradient(grad.flatten(0, -2), self._x_scale, self._inside)
+        self._grad = self._quantize(grad.flatten(0, -2), gather)
+
+    def _quantize(self, grad_TO: Tensor, gather: Gather | None) -> gradients.QuantizedGradient:
+        if gather is None:
+            return gradients.quantize_gradient(grad_TO, self._x_scale, self._inside)
+        codes, scale = gradients.round_gradient(grad_TO, self._inside)
+        everyones = gather(codes.view(torch.uint8)).view(codes.dtype)  # as bytes: NCCL of some versions has no e4m3
+        return gradients.gathered_gradient(everyones, gather(scale), self._x_scale)
 
     def dgrad(self) -> Tensor:
         """See `Backward.dgrad`."""
         weight_DO = gradients.transposed_weight(self._weight)
         dx = gemm(self._grad.codes_TO, weight_DO, a_scale=self._grad.scale_T1, b_scale=self._outside)
-        return dx.view(*self._shape[:-1], self._weight.shape[1])
+        return dx.view(-1, *self._shape[1:-1], self._weight.shape[1])
 
     def wgrad(self, x: Tensor, x_scale: Tensor | None, main_grad: Tensor | None) -> Tensor | None:
         """See `Backward.wgrad`; `x_scale` is the one given before."""

@@ -29,9 +29,9 @@ from kernels.code_messages import CodeMessages
 from kernels.dispatch import Expanded
 from pipeline.bucket_shards import ChosenValues, Run, rank_shards
 from pipeline.model import Model
+from qsparse_layers.collectives import group_size
 from qsparse_layers.linear_call import Operand
 from qsparse_layers.parallel import QSparseLinearMixin
-from qsparse_layers.selection import group_size
 from qsparse_layers.ternary_pieces import Piece, ReferencePieces, TritonPieces, num_scales, scale_of_row
 
 

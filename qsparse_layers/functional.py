@@ -8,7 +8,8 @@ Forward: quantize and sparsify the input, make the weight ternary, multiply inte
 
 The usual way is `x + (q(x) - x).detach()` around an ordinary linear layer.  One function instead of that chain
 keeps int8 codes for the backward pass instead of floats, sends codes instead of floats through the sequence-parallel
-all-gather, and leaves the product exact.  The price is that communication is spelled out here.
+all-gathers (and gradients in e4m3, where the backward products round them to that), and leaves the product exact.
+The price is that communication is spelled out here.
 
 Shapes: x [..., D], weight [O, D], y [..., O]; leading dimensions are [sequence, batch] in megatron-core.
 """
@@ -23,9 +24,10 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.dispatch import Backward, Expanded, Sharded
+from qsparse_layers.collectives import gather_rows, group_size, reduce_scatter, start_gather, start_reduce_scatter
 from qsparse_layers.config import kept_count
 from qsparse_layers.linear_call import Codes, Front, LinearCall, Operand, Sharding
-from qsparse_layers.selection import group_size, topk_mask
+from qsparse_layers.selection import topk_mask
 from qsparse_layers.sharded import sharded_codes
 
 
@@ -49,7 +51,7 @@ def qsparse_linear(
         codes: what quantizing and sparsifying x gave elsewhere; then only the type of x and its gradient matter.
 
     Returns:
-        [..., O] in x's type; row-parallel callers sum it over ranks.
+        [..., O] in x's type; row-parallel callers without `sharding.outputs` sum it over ranks.
     """
     return _QSparseLinear.apply(x, weight, gain, call, front, codes)
 
@@ -82,7 +84,8 @@ class _QSparseLinear(torch.autograd.Function):
         before = () if front is None else (x, gain, rstd)
         weights = w_hat.values, w_scale, *in_bf16
         ctx.save_for_backward(x_hat.values, x_hat.scale, *weights, straight_through_scale, *before)
-        return call.kernels.linear(full.values, w_hat.values, x_scale=full.scale, weight_scale=w_scale, dtype=x.dtype)
+        y = call.kernels.linear(full.values, w_hat.values, x_scale=full.scale, weight_scale=w_scale, dtype=x.dtype)
+        return reduce_scatter(y, call.sharding.outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None, None]:
@@ -90,17 +93,24 @@ class _QSparseLinear(torch.autograd.Function):
         call: LinearCall = ctx.call
         has_rows = grads[0].numel() > 0  # an expert may get no tokens
         e4m3 = call.format.gradients == "e4m3" and call.quantization == 1.0 and has_rows
-        full_scale = _gather(x_scale, call.sharding.tokens)
-        expanded = None if w_bf16 is None else Expanded(w_bf16, largest)
+        full_scale = None if x_scale is None else gather_rows(x_scale, call.sharding.tokens)
+        full_values, gathering = start_gather(values, call.sharding.tokens)  # in flight while dX is computed
+        outputs = call.sharding.outputs
         products = call.kernels.backward(
-            grads[0].contiguous(), w_values, weight_scale=w_scale, x_scale=full_scale, e4m3=e4m3, expanded=expanded
+            grads[0].contiguous(),
+            w_values,
+            weight_scale=w_scale,
+            x_scale=full_scale,
+            e4m3=e4m3,
+            expanded=None if w_bf16 is None else Expanded(w_bf16, largest),
+            gather=partial(gather_rows, group=outputs) if group_size(outputs) > 1 else None,
         )
-        dx, handle = _reduce_input_grad(products.dgrad(), call.sharding)  # in flight while dW is computed
-        full_values = _gather(values, call.sharding.tokens)
-        assert full_values is not None
+        dx, reducing = _reduce_input_grad(products.dgrad(), call.sharding)  # in flight while dW is computed
+        if gathering is not None:
+            gathering.wait()
         dw = _weight_grad(products, full_values, full_scale, ctx.weight)
-        if handle is not None:
-            handle.wait()
+        if reducing is not None:
+            reducing.wait()
         if straight_through_scale is not None:
             dx = dx * straight_through_scale
         if ctx.front is None:
@@ -123,7 +133,8 @@ def product_again(y: Tensor) -> Callable[[], Tensor] | None:
     def compute() -> Tensor:
         values, x_scale, weight, w_scale, *_ = node.saved_tensors
         full = _gather_tokens(Operand(values, x_scale), node.call.sharding.tokens)
-        return node.call.kernels.linear(full.values, weight, x_scale=full.scale, weight_scale=w_scale, dtype=dtype)
+        y = node.call.kernels.linear(full.values, weight, x_scale=full.scale, weight_scale=w_scale, dtype=dtype)
+        return reduce_scatter(y, node.call.sharding.outputs)
 
     return compute
 
@@ -274,24 +285,13 @@ def ternary_scale(weight_OD: Tensor, call: LinearCall) -> Tensor:
 
 def _gather_tokens(local: Operand, group: dist.ProcessGroup | None) -> Operand:
     """All tokens of a sequence-sharded operand: int8 codes and one scale per token travel, not floats."""
-    values = _gather(local.values, group)
-    assert values is not None
-    return Operand(values, _gather(local.scale, group))
-
-
-def _gather(x: Tensor | None, group: dist.ProcessGroup | None) -> Tensor | None:
-    if x is None or group_size(group) == 1:
-        return x
-    out = x.new_empty((x.shape[0] * group_size(group), *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-    return out
+    return Operand(gather_rows(local.values, group), None if local.scale is None else gather_rows(local.scale, group))
 
 
 def _reduce_input_grad(dx: Tensor, sharding: Sharding) -> tuple[Tensor, dist.Work | None]:
     """Start the sum of the input gradient over ranks; returns where it will be and what to wait for."""
     if group_size(sharding.tokens) > 1:
-        out = dx.new_empty((dx.shape[0] // group_size(sharding.tokens), *dx.shape[1:]))
-        return out, dist.reduce_scatter_tensor(out, dx, group=sharding.tokens, async_op=True)
+        return start_reduce_scatter(dx, sharding.tokens)
     if group_size(sharding.dgrad) > 1:
         return dx, dist.all_reduce(dx, group=sharding.dgrad, async_op=True)
     return dx, None

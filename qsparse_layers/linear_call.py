@@ -48,6 +48,8 @@ class Sharding:
     """Ranks that hold shards of the input's features (row parallel): scale and top-K are global."""
     tokens: dist.ProcessGroup | None = None
     """Ranks that hold shards of the sequence (sequence parallel): codes are gathered over them."""
+    outputs: dist.ProcessGroup | None = None
+    """Ranks over which the product is summed, each keeping its tokens (row parallel with sequence parallel)."""
     dgrad: dist.ProcessGroup | None = None
     """Ranks whose input gradients are summed (column parallel without sequence parallel)."""
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.dispatch import Fused, ShardedNorm
-from qsparse_layers.selection import group_size
+from qsparse_layers.collectives import group_size
 
 
 class RMSNorm(torch.nn.Module):

@@ -127,7 +127,14 @@ class QSparseRowParallelLinear(QSparseLinearMixin, RowParallelLinear):
         self._front = self.front(activation)
         if self.format.sub_norm and self._front is None:
             input_ = self._sub_norm(input_)
+        if self._scatters:
+            return self._forward_impl(input_, self.weight), None
         return super().forward(input_)
+
+    @property
+    def _scatters(self) -> bool:
+        """The sum over ranks is ours, so that gradients in e4m3 come back as such; otherwise it is megatron's."""
+        return self.sequence_parallel and not (self.explicit_expert_comm or self._is_megatrons)
 
     def _sub_norm(self, x: Tensor) -> Tensor:
         kernels, eps = self.kernels.sharded_norm, self.config.layernorm_epsilon
@@ -150,7 +157,8 @@ class QSparseRowParallelLinear(QSparseLinearMixin, RowParallelLinear):
         if self._is_megatrons:
             return super()._forward_impl(input, weight, *args, **kwargs)
         gain = self.sub_norm_weight if self._front and self.format.sub_norm else None
-        call = self.call(Sharding(weight=self.tp_group, features=self.tp_group))
+        outputs = self.tp_group if self._scatters else None
+        call = self.call(Sharding(weight=self.tp_group, features=self.tp_group, outputs=outputs))
         return qsparse_linear(input, weight, call, self._front, gain)
 
     def sharded_state_dict(

@@ -14,11 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels.reference import digit_histogram, magnitude_keys
-
-
-def group_size(group: dist.ProcessGroup | None) -> int:
-    """Number of ranks of `group`; None means this process alone."""
-    return 1 if group is None else group.size()
+from qsparse_layers.collectives import group_size
 
 
 def topk_mask(values: Tensor, k: int, group: dist.ProcessGroup | None = None) -> Tensor:

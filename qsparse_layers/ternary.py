@@ -17,9 +17,9 @@ import torch.distributed as dist
 from kernels import reference
 from kernels.dispatch import Expanded
 from kernels.ternarize import RowTable, codes, part_sums, row_table
+from qsparse_layers.collectives import group_size
 from qsparse_layers.linear_call import Operand
 from qsparse_layers.parallel import QSparseLinearMixin
-from qsparse_layers.selection import group_size
 from qsparse_layers.ternary_pieces import num_scales, scale_of_row
 
 

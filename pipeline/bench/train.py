@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qsparse bench train",
         description=__doc__.split("\n\n")[0] if __doc__ else None,
-        epilog=_EPILOG + "\nvariants:\n" + "".join(f"  {name:20} {v.summary}\n" for name, v in VARIANTS.items()),
+        epilog=_EPILOG + "\nvariants:\n" + "".join(f"  {name:24} {v.summary}\n" for name, v in VARIANTS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

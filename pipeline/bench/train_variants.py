@@ -25,6 +25,8 @@ class Variant(NamedTuple):
     """Whether to try `run.cuda_graph` first; what cannot be captured is measured without."""
     recompute: str = "none"
     """`training.recompute`."""
+    offloads: bool = False
+    """`training.offload_layers` of half the layers; not as a graph."""
     experts: int = 0
     """Each of half the feed-forward width, two per token: as many activated parameters as the dense model has."""
 
@@ -47,6 +49,13 @@ VARIANTS = {
         "fast, and training.recompute=up_projection: less memory",
         FAST,
         recompute="up_projection",
+    ),
+    "qsparse-bitnet-offload": Variant(
+        "fast, and training.offload_layers: activations of half the layers wait in the host's memory",
+        FAST,
+        package="transformer_engine",
+        cuda_graph=False,
+        offloads=True,
     ),
     "qsparse-bitnet-moe": Variant(
         "fast, 8 experts of half the width, 2 per token",
@@ -134,6 +143,7 @@ class Order(NamedTuple):
                     "seq_length": shape.seq_length,
                     "precision": "bf16",
                     "recompute": variant.recompute,
+                    "offload_layers": shape.model["num_layers"] // 2 if variant.offloads else 0,
                     "eval_interval": 0,
                 },
                 "optimizer": {"warmup_steps": 0, "schedule": "constant", "lr": 3e-4},

@@ -37,7 +37,7 @@ class Traffic:
     """With `parallel.ternary_param_gather`, as the code sends them."""
     seconds: float
     hidden_by: str = ""
-    """What it can run beside: `weight gradient`, `backward`, `forward`, or nothing."""
+    """What it can run beside: `products` of a layer's backward pass, `backward`, `forward`, or nothing."""
     forward: float = 0.0
     """Share of a layer's that belongs to its forward pass, which full recomputation repeats."""
 
@@ -123,15 +123,16 @@ def _tp(
 
 
 def _columns(linear: Linear, layout: Layout, network: Network) -> list[Traffic]:
-    """Input gathered for the product and again for the weight gradient; input gradient reduced beside the latter."""
+    """Input gathered for the product, and again beside the input gradient, which is reduced beside the weight's."""
     if layout.tp == 1:
         return []
-    rows, beside = float(layout.tokens * linear.inputs * BF16), "weight gradient"
+    rows, beside = float(layout.tokens * linear.inputs * BF16), "products"
     if not layout.sequence_parallel:
         return [_tp("tensor: reductions", (rows, rows), layout, network, times=2, hidden_by=beside)]
     codes = layout.tokens * (linear.inputs + 4) if linear.is_int8 else rows
     return [
-        _tp("tensor: gathers of inputs", (codes, rows), layout, network, times=2, forward=1 / 2),
+        _tp("tensor: gathers of inputs", (codes, rows), layout, network, forward=1),
+        _tp("tensor: gathers of inputs", (codes, rows), layout, network, hidden_by=beside),
         _tp("tensor: reductions", (rows, rows), layout, network, hidden_by=beside),
     ]
 
@@ -140,10 +141,11 @@ def _rows(linear: Linear, layout: Layout, network: Network) -> list[Traffic]:
     """Output reduced (its gradient gathered, with sequence parallelism); scales and top-K of rows on several ranks."""
     if layout.tp == 1:
         return []
-    outputs, times = (float(layout.tokens * linear.outputs * BF16),) * 2, 1 if layout.sequence_parallel else 2
-    found = [_tp("tensor: reductions", outputs, layout, network, times=times, forward=1)]
+    outputs, times = float(layout.tokens * linear.outputs * BF16), 1 if layout.sequence_parallel else 2
+    found = [_tp("tensor: reductions", (outputs, outputs), layout, network, times=times, forward=1)]
     if layout.sequence_parallel:
-        found.append(_tp("tensor: gathers of gradients", outputs, layout, network))
+        rounded = layout.tokens * (linear.outputs + 4) if linear.format.gradients == "e4m3" else outputs
+        found.append(_tp("tensor: gathers of gradients", (rounded, outputs), layout, network))
     per_token = 4.0 * linear.is_int8 + 8.0 * linear.format.sub_norm
     form = linear.format
     if form.sparsity and form.pattern == "topk" and form.topk_scope == "global":

@@ -86,10 +86,10 @@ def _host(layer: Layer, rates: Rates) -> float:
 
 def _layer(layer: Layer, config: Config, layout: Layout, rates: Rates, network: Network) -> tuple[Costs, list[Traffic]]:
     costs, messages = layer_time(layer, config, layout, rates), layer_traffic(layer, config, layout, network)
-    # Reductions of input gradients run beside the weight gradients, about a third of the products.
+    # Inputs are gathered beside the input gradients, and those reduced beside the weights': two thirds of the products.
     beside = sum(item.seconds for item in messages if item.hidden_by)
     exposed = sum(item.seconds for item in messages if not item.hidden_by)
-    costs["communication"] = exposed + max(0.0, beside - costs["GEMM"] / 3)
+    costs["communication"] = exposed + max(0.0, beside - costs["GEMM"] * 2 / 3)
     return costs, messages
 
 

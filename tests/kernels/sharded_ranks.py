@@ -1,5 +1,6 @@
 """Rows spread over ranks through the kernels and through PyTorch; run it with torchrun, exits with 1 if they differ."""
 
+import itertools
 import sys
 from functools import partial
 
@@ -8,6 +9,7 @@ import torch.distributed as dist
 
 from kernels.dispatch import ReferenceKernels
 from kernels.triton_kernels import ShardedNormKernels, TritonKernels
+from qsparse_layers.collectives import gather_rows
 from qsparse_layers.config import LinearFormat
 from qsparse_layers.functional import prepare_input
 from qsparse_layers.linear_call import LinearCall, Sharding, WeightParts
@@ -43,6 +45,28 @@ def differences() -> list[str]:
     return found
 
 
+def gradient_differences() -> list[str]:
+    """Backward products of gathered gradients that differ from those of a gradient that was whole."""
+    group = dist.group.WORLD
+    assert group is not None
+    grad = rows("heavy", 12, 48, "cpu").view(6, 2, 48)
+    mine = grad.chunk(group.size())[group.rank()]
+    x = torch.randint(-127, 128, (6, 2, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
+    weight = torch.randint(-1, 2, (48, 32), dtype=torch.int8, generator=torch.Generator().manual_seed(2))
+    scale = torch.linspace(0.01, 0.1, 12).view(6, 2, 1)
+    found = []
+    for kernels, e4m3, several in itertools.product(
+        (TritonKernels(), ReferenceKernels()), (False, True), (False, True)
+    ):
+        weight_scale = torch.linspace(0.5, 1.5, 48) if several else torch.full((1,), 0.7)
+        make = partial(kernels.backward, weight=weight, weight_scale=weight_scale, x_scale=scale, e4m3=e4m3)
+        made = make(grad), make(mine, gather=partial(gather_rows, group=group))
+        whole, gathered = ((b.dgrad(), b.wgrad(x, scale, None)) for b in made)
+        if whole[0].shape != x.shape or not all(map(torch.equal, whole, gathered)):
+            found.append(f"{type(kernels).__name__}, e4m3 {e4m3}, several scales {several}")
+    return found
+
+
 def norm_error() -> float:
     """Largest difference between the two norms in values and gradients, relative to the largest value."""
     group = dist.group.WORLD
@@ -60,7 +84,7 @@ def norm_error() -> float:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    wrong = differences()
+    wrong = differences() + gradient_differences()
     if (error := norm_error()) > 2**-6:  # bf16 results, which the interpreter cuts off
         wrong.append(f"norm: {error}")
     dist.destroy_process_group()

@@ -57,6 +57,19 @@ def test_weight_gradient_from_8_bit_operands(device: str) -> None:
         assert (dw - exact).norm() / exact.norm() < (0.05 if device == "cuda" else 0.2)
 
 
+@pytest.mark.parametrize("per_output", [False, True])
+def test_a_gradient_that_was_sent_is_the_one_rounded_in_place(per_output: bool, device: str) -> None:
+    for tokens, outputs, _ in [*sizes(device), (0, 48, 16), (5, 5000, 16)]:
+        grad, _, x_scale, weight_scale = sample(tokens, outputs, 16, device)
+        several = weight_scale if per_output else None
+        expected = gradients.quantize_gradient(grad, x_scale, several)
+        parts = [gradients.round_gradient(part, several) for part in grad.tensor_split(2)]
+        codes, scale = (torch.cat(list(part)) for part in zip(*parts, strict=True))
+        found = gradients.gathered_gradient(codes, scale, x_scale)
+        for name in ("codes_TO", "transposed_OT", "scale_T1", "common"):
+            assert torch.equal(getattr(found, name).float(), getattr(expected, name).float()), name
+
+
 def test_transposed_weight_is_exact(device: str) -> None:
     codes = torch.randint(-1, 2, (100, 70), dtype=torch.int8, generator=torch.Generator().manual_seed(0)).to(device)
     assert torch.equal(gradients.transposed_weight(codes).float(), codes.t().float())
@@ -88,5 +101,11 @@ def test_bad_input_is_refused_before_the_launch(device: str) -> None:
         gradients.quantize_gradient(grad, torch.ones(3, 1, device=device), None)
     with pytest.raises(ValueError, match="weight_scale has 3 numbers for 32 output features"):
         gradients.quantize_gradient(grad, torch.ones(4, 1, device=device), torch.ones(3, device=device))
+    with pytest.raises(ValueError, match="weight_scale has 3 numbers for 32 output features"):
+        gradients.round_gradient(grad, torch.ones(3, device=device))
+    with pytest.raises(ValueError, match="x_scale has 3 numbers for 4 tokens"):
+        gradients.gathered_gradient(*gradients.round_gradient(grad, None), torch.ones(3, 1, device=device))
+    with pytest.raises(ValueError, match=r"codes is torch.bfloat16, the kernel takes torch.float8_e4m3fn"):
+        gradients.gathered_gradient(grad, torch.ones(4, 1, device=device), torch.ones(4, 1, device=device))
     with pytest.raises(ValueError, match=r"codes is torch.bfloat16, the kernel takes torch.int8"):
         gradients.transposed_weight(grad)

@@ -133,6 +133,10 @@ def test_tensor_parallelism_sends_what_the_paper_says() -> None:
     codes = sent(config({"tp": 4, "sequence_parallel": True}, qsparse={**BITNET, "pattern": "block"}))
     assert codes["tensor: gathers of inputs"] == 4 * (2048 * 2 * (1024 + 4)) * 3 / 4
     assert codes["tensor: reductions"] == sequence["tensor: reductions"]
+    eight_bit = {**BITNET, "pattern": "block", "gradients": "e4m3"}
+    rounded = sent(config({"tp": 4, "sequence_parallel": True}, qsparse=eight_bit))
+    assert rounded["tensor: gathers of gradients"] == 2 * (2048 * 2 * (1024 + 4)) * 3 / 4
+    assert codes["tensor: gathers of gradients"] == 2 * activations * 3 / 4
 
 
 def test_full_recomputation_repeats_what_the_forward_pass_sends() -> None:
