@@ -10,6 +10,7 @@ initialization does not.
 
 import hashlib
 import importlib.util
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -181,6 +182,7 @@ def _moe_options(model: ModelConfig, precision: str) -> dict[str, Any]:
 
 def _build_chunk(config: Config, transformer: TransformerConfig, vocab_size: int, stage: int | None) -> GPTModel:
     where = {} if stage is None else {"ignore_virtual": False, "vp_stage": stage}
+    logging.getLogger(GPTModel.__module__).addFilter(_is_for_users)
     return GPTModel(
         config=transformer,
         transformer_layer_spec=block_spec(transformer, config, stage),
@@ -194,6 +196,11 @@ def _build_chunk(config: Config, transformer: TransformerConfig, vocab_size: int
         rotary_base=config.model.rope_theta,
         vp_stage=stage,
     )
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    """Not megatron-core 0.19's advice to the authors of GPT models."""
+    return "GPTModel IS DEPRECATED" not in record.getMessage()
 
 
 def _kernels(config: Config) -> Kernels:

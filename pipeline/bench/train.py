@@ -1,6 +1,6 @@
-"""`qsparse bench train`: whole training steps of several formats, each in processes of its own.
+"""`qsparse bench train`: whole training steps of several formats on one GPU, each in a process of its own.
 
-Prints tokens per second and GPU, time per step, peak memory, MFU against the dense bf16 peak and the loss after the
+Prints tokens per second, time per step, peak memory, MFU against the dense bf16 peak and the loss after the
 steps; then where the time of one step goes, and its memory.  Each variant runs at the shape's micro-batch, as a CUDA
 graph where that works, and then at twice, four times ... that micro-batch for as long as it gets faster and memory and
 --total-seconds allow; the fastest is shown.  Tokens are random unless --data names a prepared dataset.  `naive` is
@@ -22,7 +22,7 @@ from rich.console import Console
 from pipeline.bench.machine import machine_lines
 from pipeline.bench.results import extend_csv, read_csv, update_page
 from pipeline.bench.train_categories import ACTIVATIONS
-from pipeline.bench.train_ranks import Ranks
+from pipeline.bench.train_ranks import measure_all
 from pipeline.bench.train_report import (
     KEYS,
     SHEETS,
@@ -31,10 +31,9 @@ from pipeline.bench.train_report import (
     draw,
     kernel_table,
     memory_table,
-    scaling_table,
     table,
 )
-from pipeline.bench.train_variants import SHAPES, VARIANTS, WORKER, Order
+from pipeline.bench.train_variants import SHAPES, VARIANTS, Order
 
 _ROOM = 0.95
 """Share of the GPU's memory that twice the micro-batch may be expected to take."""
@@ -64,8 +63,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("needs a CUDA GPU, and there is none here (--device cpu --shapes tiny runs anywhere)")
-    if options.gpus % options.tp:
-        parser.error(f"--gpus {options.gpus}: not a multiple of --tp {options.tp}")
     failed = _measure(options, console)
     _draw(options.output, console)
     return 1 if failed else 0
@@ -85,8 +82,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--warmup-steps", type=int, default=5, metavar="N", help="before that; a graph takes 4 (default: 5)")
     add("--micro-batch", type=int, metavar="N", help="sequences per forward pass, and no other (default: by shape)")
     add("--microbatches", type=int, default=1, metavar="N", help="forward passes per step (default: 1)")
-    add("--gpus", type=int, default=1, metavar="N", help="processes, data-parallel but for --tp (default: 1)")
-    add("--tp", type=int, default=1, metavar="N", help="tensor-parallel groups of N, sequence-parallel (default: 1)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where (default: cuda)")
     add("--data", metavar="FOLDER", help="prepared dataset instead of random tokens")
     add("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest time for one variant (default: 600)")
@@ -108,18 +103,9 @@ def _measure(options: argparse.Namespace, console: Console) -> bool:
     book = _Book(options.output, head)
     end = time.monotonic() + options.total_seconds
     present = [(order, _missing(order)) for order in _orders(options)]
-    orders, waiting = deque(order for order, missing in present if not missing), None
+    orders = deque(order for order, missing in present if not missing)
     fastest: dict[tuple[str, str], float] = {}
-    while orders:
-        order = orders.popleft()
-        ranks = waiting or _start(order)
-        waiting = _start(orders[0]) if orders else None  # imports while this one measures
-        seconds = min(options.timeout, end - time.monotonic())
-        if seconds <= 0:
-            ranks.close()
-            result: dict[str, Any] | str = f"left out: {options.total_seconds:g} seconds were over"
-        else:
-            result = ranks.measure(seconds)
+    for order, result in measure_all(orders, lambda: min(options.timeout, end - time.monotonic())):
         is_first = (order.shape, order.variant) not in fastest
         in_time = end > time.monotonic()
         if isinstance(result, str) and result.startswith("failed") and order.cuda_graph and is_first and in_time:
@@ -139,15 +125,9 @@ def _measure(options: argparse.Namespace, console: Console) -> bool:
     return book.failed
 
 
-def _start(order: Order) -> Ranks:
-    return Ranks(WORKER, order._asdict(), order.gpus)
-
-
 def _missing(order: Order) -> str:
     """Why an order cannot be measured here; empty if it can."""
     package = VARIANTS[order.variant].package
-    if order.tp > 1 and VARIANTS[order.variant].engine.startswith("fake"):
-        return "left out: needs whole weights, --tp 1"
     return f"not installed: {package}" if package and importlib.util.find_spec(package) is None else ""
 
 
@@ -156,8 +136,8 @@ def _orders(options: argparse.Namespace) -> Iterable[Order]:
     for shape in options.shapes:
         for variant in options.variants:
             yield Order(
-                *(shape, variant, options.device, options.gpus, options.tp),
-                micro_batch_size=options.micro_batch or SHAPES[shape].micro_batch_size * options.tp,
+                *(shape, variant, options.device),
+                micro_batch_size=options.micro_batch or SHAPES[shape].micro_batch_size,
                 microbatches=options.microbatches,
                 steps=options.steps,
                 warmup_steps=options.warmup_steps,
@@ -188,7 +168,7 @@ class _Book:
     def enter(self, order: Order, result: Mapping[str, Any] | str) -> str:
         """Write a result, or why there is none; returns a line that tells it."""
         keys = _keys(order)
-        is_first = order.micro_batch_size <= SHAPES[order.shape].micro_batch_size * order.tp
+        is_first = order.micro_batch_size <= SHAPES[order.shape].micro_batch_size
         row = _row(order, result)
         if isinstance(result, str):
             self.failed |= is_first and result.startswith("failed")
@@ -214,7 +194,7 @@ class _Book:
 
 def _keys(order: Order) -> dict[str, Any]:
     """The columns `KEYS`."""
-    values = (order.shape, order.variant, order.gpus, order.tp, order.micro_batch_size)
+    values = (order.shape, order.variant, order.micro_batch_size)
     return dict(zip(KEYS, values, strict=True))
 
 
@@ -240,7 +220,6 @@ def _draw(folder: Path, console: Console) -> int:
         "Milliseconds of one step:": breakdown_table(rows, sheets["train_breakdown"]),
         "GiB at the peak, at the same micro-batch:": memory_table(rows, sheets["train_memory"]),
         "The longest kernels of a step:": kernel_table(rows, sheets["train_kernels"]),
-        "On several GPUs, as many sequences per GPU:": scaling_table(rows),
     }
     for text in tables.values():
         console.print(text, markup=False, highlight=False)

@@ -2,11 +2,15 @@
 
 import re
 
+COMMUNICATION = "communication"
 CATEGORIES = (
-    ("communication", r"nccl|gloo|c10d::|all_?reduce|allgather|reduce_?scatter"),
+    (COMMUNICATION, r"nccl|gloo|c10d::|all_?reduce|allgather|reduce_?scatter"),
     ("optimizer", r"adam|multi_tensor|foreach|optimizer"),
     ("attention", r"attention|attn|flash|fmha|sdpa|mha|rope|rotary"),
-    ("sparsify, quantize", r"sparsif|quantiz|ternar|codes|row_sums|part_sums|transpose_|gradient_scale|_fused_kernel"),
+    (
+        "sparsify, quantize",
+        r"sparsif|quantiz|ternar|codes|row_sums|part_sums|transpose_|gradient_scale|round_gradient|_fused_kernel",
+    ),
     ("norm, activation", r"norm|silu|swiglu|geglu|relu|_activation_kernel|dgain|dgamma"),
     ("GEMM", r"gemm|^_grouped_kernel$|nvjet|cutlass|xmma|wgmma|splitk|::mm$|::addmm$|::bmm$|mkldnn_linear|_hopper_"),
     ("sort, top-K", r"sort|topk|scatter|histogram"),

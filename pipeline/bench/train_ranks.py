@@ -1,4 +1,4 @@
-"""The processes of one measured training: started ahead, told to go, watched, ended.
+"""The processes of measured trainings: started ahead, told to go, watched, ended.
 
 Importing torch, megatron-core and Transformer Engine takes longer than many a measurement.  A run's processes therefore
 start while those of the run before are measuring; they import, wait for a line on their standard input, and touch no
@@ -12,10 +12,40 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from pipeline.bench.train_variants import WORKER, Order
+
+Result = dict[str, Any] | str
+"""Numbers, or why there are none."""
+
+
+def measure_all(orders: deque[Order], seconds: Callable[[], float]) -> Iterator[tuple[Order, Result]]:
+    """Measure one training after the other.
+
+    Args:
+        orders: taken from the left; more may be appended while this runs.
+        seconds: that the next one may take; nothing is measured where none are left.
+    """
+    waiting = None
+    while orders:
+        order = orders.popleft()
+        ranks = waiting or _start(order)
+        waiting = _start(orders[0]) if orders else None  # imports while this one measures
+        left = seconds()
+        if left > 0:
+            yield order, ranks.measure(left)
+        else:
+            ranks.close()
+            yield order, "left out: --total-seconds were over"
+
+
+def _start(order: Order) -> "Ranks":
+    return Ranks(WORKER, order._asdict(), order.gpus)
 
 
 class Ranks:
@@ -47,8 +77,8 @@ class Ranks:
                 for rank in range(count)
             ]
 
-    def measure(self, timeout: float) -> dict[str, Any] | str:
-        """Let them go; the numbers, or why there are none."""
+    def measure(self, timeout: float) -> Result:
+        """Let them go."""
         port = _free_port()
         for process in self._processes:
             assert process.stdin is not None

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.bench.kernels.drawing import COLORS, panels, save, unique
 from pipeline.bench.results import Row, markdown_table
 
-KEYS = ("shape", "variant", "gpus", "tp", "micro_batch")
+KEYS = ("shape", "variant", "micro_batch")
 """Columns that say what was measured, in every CSV file."""
 SHEETS = {
     "train": (
@@ -28,10 +28,10 @@ BASELINES = ("dense", "te-bf16")
 
 def table(rows: Sequence[Row]) -> str:
     """A line per shape and variant."""
-    header = ["shape", "variant", "tokens/s/GPU", "against dense", "ms/step (quartiles)", "peak GiB", "MFU", "loss"]
+    header = ["shape", "variant", "tokens/s", "against dense", "ms/step (quartiles)", "peak GiB", "MFU", "loss"]
     header += ["micro-batch", "CUDA graph"]
     lines = []
-    for row in best(_one_layout(rows)):
+    for row in best(rows):
         name = [row["shape"], row["variant"]]
         if row["absent"]:
             lines.append([*name, row["absent"], *[""] * 7])
@@ -45,19 +45,13 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def best(rows: Sequence[Row]) -> list[Row]:
-    """Of each shape, variant and layout the row of the micro-batch that was fastest."""
+    """Of each shape and variant the row of the micro-batch that was fastest."""
     found: dict[tuple[str, ...], Row] = {}
     for row in rows:
-        key = (row["shape"], row["variant"], row["gpus"], row["tp"])
+        key = (row["shape"], row["variant"])
         if key not in found or _rate(row) > _rate(found[key]):
             found[key] = row
     return list(found.values())
-
-
-def _one_layout(rows: Sequence[Row]) -> list[Row]:
-    """Those on the fewest GPUs; the others are in `scaling_table`."""
-    layouts = unique(rows, "gpus")
-    return [row for row in rows if row["gpus"] == min(layouts, key=int)]
 
 
 def _rate(row: Row) -> float:
@@ -65,40 +59,13 @@ def _rate(row: Row) -> float:
 
 
 def _against_dense(row: Row, rows: Sequence[Row]) -> str:
-    """Ratio of tokens per second to the fastest dense bf16 model of the same shape and GPUs; empty without one."""
-    place = _place(row)
-    dense = [_rate(one) for one in rows if _place(one) == place and one["variant"] in BASELINES]
+    """Ratio of tokens per second to the fastest dense bf16 model of the same shape; empty without one."""
+    dense = [_rate(one) for one in rows if one["shape"] == row["shape"] and one["variant"] in BASELINES]
     return f"{_rate(row) / max(dense):.3f}" if any(dense) else ""
-
-
-def _place(row: Row) -> tuple[str, ...]:
-    return row["shape"], row["gpus"], row["tp"]
-
-
-def scaling_table(rows: Sequence[Row]) -> str:
-    """Weak scaling: tokens per second and GPU on several GPUs, over those on one with as many sequences per GPU."""
-    alone = {
-        (row["shape"], row["variant"], int(row["micro_batch"])): row
-        for row in rows
-        if row["gpus"] == "1" and not row["absent"]
-    }
-    lines = []
-    for row in rows:
-        if row["gpus"] == "1" or row["absent"]:
-            continue
-        gpus, tp = int(row["gpus"]), int(row["tp"])
-        one = alone.get((row["shape"], row["variant"], int(row["micro_batch"]) // tp))
-        layout = " ".join(f"{name}={size}" for name, size in (("DP", gpus // tp), ("TP", tp)) if size > 1)
-        efficiency = "" if one is None else f"{_rate(row) / _rate(one):.1%}"
-        lines.append([row["shape"], row["variant"], layout, row["micro_batch"], f"{_rate(row):,.0f}", efficiency])
-        lines[-1] += [row["peak_gib"], row["cuda_graph"]]
-    header = ["shape", "variant", "layout", "micro-batch", "tokens/s/GPU", "of one GPU's", "peak GiB", "CUDA graph"]
-    return markdown_table(header, lines) if lines else ""
 
 
 def batch_table(rows: Sequence[Row]) -> str:
     """A line per shape and variant, a column per micro-batch: tokens per second and peak GiB, against `dense`."""
-    rows = _one_layout(rows)
     batches = sorted(unique(rows, "micro_batch"), key=int)
     found = {(row["shape"], row["variant"], row["micro_batch"]): row for row in rows if not row["absent"]}
     lines = []
@@ -124,13 +91,13 @@ def _belonging_to(rows: Sequence[Row], parts: Sequence[Row]) -> list[Row]:
 
 
 def _of_best(rows: Sequence[Row], parts: Sequence[Row]) -> list[Row]:
-    """Those of `parts` that belong to the best rows of one layout."""
-    return _belonging_to(best(_one_layout(rows)), parts)
+    """Those of `parts` that belong to the best rows."""
+    return _belonging_to(best(rows), parts)
 
 
 def _at_equal_batch(rows: Sequence[Row], parts: Sequence[Row]) -> list[Row]:
     """Those of `parts` at the largest micro-batch that every measured variant of their shape has; else of the best."""
-    rows = [row for row in _one_layout(rows) if not row["absent"]]
+    rows = [row for row in rows if not row["absent"]]
     found = []
     for shape in unique(rows, "shape"):
         here = [row for row in rows if row["shape"] == shape]
@@ -177,7 +144,7 @@ def kernel_table(rows: Sequence[Row], kernels: Sequence[Row]) -> str:
 
 def draw(sheets: Mapping[str, Sequence[Row]], path: Path) -> None:
     """Tokens per second, where the time of a step goes, and where its memory, of each shape."""
-    rows = _one_layout(sheets["train"])
+    rows = sheets["train"]
     shapes = unique(rows, "shape")
     figure, axes = panels(4 * len(shapes), width=7.0)
     for number, shape in enumerate(shapes):
@@ -202,7 +169,7 @@ def draw(sheets: Mapping[str, Sequence[Row]], path: Path) -> None:
 
 
 def _tokens(row: Row) -> float:
-    """Tokens of a step, per GPU."""
+    """Tokens of a step."""
     return _rate(row) * float(row["ms_per_step"]) / 1e3
 
 
@@ -220,7 +187,7 @@ def _rates(panel: Any, rows: Sequence[Row], shape: str) -> None:
     bars = panel.barh(names, rates, color=COLORS[0])
     labels = [f"{rate:,.0f}; micro-batch {row['micro_batch']}" for rate, row in zip(rates, rows, strict=True)]
     panel.bar_label(bars, labels, fontsize=7)
-    panel.set(title=f"{shape}: tokens/s per GPU", xlim=(0, 1.35 * max(rates, default=1.0)))
+    panel.set(title=f"{shape}: tokens/s", xlim=(0, 1.35 * max(rates, default=1.0)))
 
 
 def _stacks(panel: Any, parts: Sequence[Row], variants: list[str], title: str) -> None:

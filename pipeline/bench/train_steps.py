@@ -3,7 +3,7 @@
 import dataclasses
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.bench.train_categories import CATEGORIES, OTHER, category
+from pipeline.bench.overlap import overlap
+from pipeline.bench.train_categories import CATEGORIES, COMMUNICATION, OTHER, category
 from pipeline.bench.train_memory import memory_by_category
 from pipeline.bench.train_naive import use_fake_quantization
 from pipeline.bench.train_variants import SHAPES, VARIANTS, Order
@@ -54,7 +55,7 @@ def measure(order: Order, config: Config) -> dict[str, Any] | None:
 
     Returns:
         On rank 0: numbers by name; `breakdown` holds milliseconds of one step by category, `kernels` those of single
-        kernels, `memory` GiB by category.
+        kernels, `communication` of it all, on GPUs, [its time, the part that nothing hides]; `memory` GiB by category.
     """
     with parallel_world(config) as world, closing(_learner(order, config, world)) as learner:
         for step in range(order.warmup_steps):
@@ -69,8 +70,16 @@ def measure(order: Order, config: Config) -> dict[str, Any] | None:
             if order.gpus == 1 and len(seconds) >= FEWEST_STEPS and sum(seconds) > ENOUGH_SECONDS:
                 break
         memory = memory_by_category(learner)
-        kernels = _profile(learner, step + 1, world)
-        return _numbers(order, config, seconds, loss, memory, kernels, world) if world.is_main else None
+        profiler = _profile(learner, step + 1)
+        if not world.is_main:
+            return None
+        numbers = _numbers(order, config, seconds, world)
+        numbers |= {"loss": loss, "peak_gib": sum(memory.values()) / 2**30}
+        numbers["memory"] = {name: size / 2**30 for name, size in memory.items()}
+        on_gpu = world.device.type == "cuda"
+        return (
+            numbers | _breakdown(profiler, on_gpu=on_gpu) | {"communication": _communication(profiler, on_gpu=on_gpu)}
+        )
 
 
 def _learner(order: Order, config: Config, world: World) -> Learner:
@@ -113,33 +122,43 @@ def te_model(config: Config, vocab_size: int, *, fp8: bool) -> Model:
     return Model([Float16Module(transformer, chunk)], transformer, layers=[], schedule=schedule, routed=[])
 
 
-def _profile(learner: Learner, step: int, world: World) -> list[Kernel]:
-    """What one step ran, longest first: kernels on a GPU, operators on a CPU."""
-    on_gpu = world.device.type == "cuda"
+def _profile(learner: Learner, step: int) -> profile:
+    """One step: kernels on a GPU, operators on a CPU."""
+    on_gpu = learner.world.device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         learner.step(step)
         torch.cuda.synchronize()
-    found = []
+    return profiler
+
+
+def _breakdown(profiler: profile, *, on_gpu: bool) -> dict[str, Any]:
+    """Milliseconds by category, and the longest kernels."""
+    kernels = []
     for event in profiler.key_averages():
         if getattr(event, "is_user_annotation", False) or (on_gpu and event.device_type.name != "CUDA"):
             continue
         time_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        found.append(Kernel(event.key, category(event.key), event.count, time_us / 1e3))
-    return sorted(found, key=lambda kernel: -kernel.ms)
-
-
-def _numbers(
-    order: Order,
-    config: Config,
-    seconds: Sequence[float],
-    loss: float,
-    memory: Mapping[str, int],
-    kernels: Sequence[Kernel],
-    world: World,
-) -> dict[str, Any]:
-    breakdown: dict[str, float] = {name: 0.0 for name, _ in CATEGORIES} | {OTHER: 0.0}
+        kernels.append(Kernel(event.key, category(event.key), event.count, time_us / 1e3))
+    kernels.sort(key=lambda kernel: -kernel.ms)
+    sums: dict[str, float] = {name: 0.0 for name, _ in CATEGORIES} | {OTHER: 0.0}
     for kernel in kernels:
-        breakdown[kernel.category] += kernel.ms
+        sums[kernel.category] += kernel.ms
+    return {"breakdown": sums, "kernels": [kernel._asdict() for kernel in kernels[:KERNELS_NAMED]]}
+
+
+def _communication(profiler: profile, *, on_gpu: bool) -> Sequence[float] | None:
+    """Milliseconds of communication, and of it what no other kernel runs beside; None on a CPU."""
+    if not on_gpu:
+        return None
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in profiler.events():
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False):
+            span = event.time_range.start / 1e3, event.time_range.end / 1e3
+            spans[category(event.name) == COMMUNICATION].append(span)
+    return overlap(spans[True], spans[False])
+
+
+def _numbers(order: Order, config: Config, seconds: Sequence[float], world: World) -> dict[str, Any]:
     low, median, high = statistics.quantiles(list(seconds) * (3 if len(seconds) == 1 else 1), n=4, method="inclusive")
     tokens = config.training.global_batch_size * config.training.seq_length / order.gpus
     flops = flops_per_token(config, SHAPES[order.shape].vocab_size)
@@ -149,10 +168,5 @@ def _numbers(
         "ms_per_step": median * 1e3,
         "q25_ms": low * 1e3,
         "q75_ms": high * 1e3,
-        "peak_gib": sum(memory.values()) / 2**30,
         "mfu": None if peak is None else flops * tokens / median / peak,
-        "loss": loss,
-        "breakdown": breakdown,
-        "memory": {name: size / 2**30 for name, size in memory.items()},
-        "kernels": [kernel._asdict() for kernel in kernels[:KERNELS_NAMED]],
     }

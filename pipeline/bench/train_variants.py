@@ -109,18 +109,23 @@ class Order(NamedTuple):
     shape: str
     variant: str
     device: str
-    gpus: int
-    tp: int
     micro_batch_size: int
     microbatches: int
     steps: int
     warmup_steps: int
     data: str | None
     cuda_graph: bool = False
+    dp: int = 1
+    tp: int = 1
+
+    @property
+    def gpus(self) -> int:
+        """Processes."""
+        return self.dp * self.tp
 
     def config(self) -> Config:
         """The run that is measured."""
-        shape, variant, dp = SHAPES[self.shape], VARIANTS[self.variant], self.gpus // self.tp
+        shape, variant = SHAPES[self.shape], VARIANTS[self.variant]
         model: dict[str, Any] = {**shape.model, "vocab_size": shape.vocab_size, "qsparse": variant.qsparse}
         if variant.experts:
             width = shape.model["ffn_hidden_size"] // 2
@@ -130,16 +135,16 @@ class Order(NamedTuple):
                 "run": {"device": self.device, "cuda_graph": self.cuda_graph},
                 "model": model,
                 "parallel": {
-                    "dp": dp,
+                    "dp": self.dp,
                     "tp": self.tp,
                     "sequence_parallel": self.tp > 1,
-                    "distributed_optimizer": dp > 1,
-                    "overlap_grad_reduce": dp > 1,
+                    "distributed_optimizer": self.dp > 1,
+                    "overlap_grad_reduce": self.dp > 1,
                 },
                 "training": {
                     "steps": self.warmup_steps + self.steps + 1,
                     "micro_batch_size": self.micro_batch_size,
-                    "global_batch_size": self.micro_batch_size * self.microbatches * dp,
+                    "global_batch_size": self.micro_batch_size * self.microbatches * self.dp,
                     "seq_length": shape.seq_length,
                     "precision": "bf16",
                     "recompute": variant.recompute,

@@ -13,8 +13,10 @@ source has as many columns as positions (see lanes.py): the rank that reads a po
 When the weights change, every source goes on with its next draw: what a phase has not seen comes in the next one.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -37,15 +39,19 @@ def block_size(num_sources: int, columns: int) -> int:
 
 
 def quotas(weights: Sequence[float], block: int) -> npt.NDArray[np.int64]:
-    """Samples of each source per block.
+    """Samples of each source per block: largest remainders, the first source where they are equal.
+
+    Computed with the decimals that were written, not with floats: 0.6 and 0.1 of 1,024 have equal remainders, and
+    which one is larger as a float depends on the version of Python, whose `sum` is compensated since 3.12.
 
     Raises:
         MixingError: a source with a weight above 0 gets none.
     """
-    shares = np.asarray(weights, dtype=np.float64) / sum(weights) * block
-    counts = np.floor(shares).astype(np.int64)
+    exact = [Fraction(repr(float(weight))) for weight in weights]
+    shares = [weight * block / sum(exact) for weight in exact]
+    counts = np.array([math.floor(share) for share in shares], dtype=np.int64)
     missing = block - int(counts.sum())
-    counts[np.argsort(counts - shares, kind="stable")[:missing]] += 1
+    counts[sorted(range(len(shares)), key=lambda number: math.floor(shares[number]) - shares[number])[:missing]] += 1
     for number, (weight, count) in enumerate(zip(weights, counts.tolist(), strict=True)):
         if weight and not count:
             raise MixingError(

@@ -61,6 +61,14 @@ def test_shares_are_exact_in_every_block_and_batch() -> None:
     assert np.abs(batches - np.array([38.4, 19.2, 6.4])).max() < 2
 
 
+def test_equal_remainders_go_to_the_first_source() -> None:
+    """0.6 * 1024 and 0.1 * 1024 both end in .4; as floats either may be larger."""
+    assert quotas((0.6, 0.3, 0.1), 1024).tolist() == [615, 307, 102]
+    assert quotas((0.1, 0.3, 0.6), 1024).tolist() == [103, 307, 614]
+    assert quotas((1e-2, 0.99), 1024).tolist() == [10, 1014]
+    assert quotas((6, 3, 1), 1024).tolist() == quotas((0.6, 0.3, 0.1), 1024).tolist()
+
+
 def test_another_length_begins_a_stretch_of_its_own() -> None:
     phases = [Phase(0, 0, (1.0, 1.0), 8, 4), Phase(100, 800, (1.0, 1.0), 16, 4), Phase(200, 2400, (1.0, 3.0), 16, 4)]
     mixture = Mixture(phases, [1024] * 3)

@@ -44,7 +44,7 @@ def local_windows(corpus: Corpus, count: int) -> np.ndarray:
 
 def test_a_remote_dataset_gives_the_tokens_of_the_local_one(corpus: Corpus, store: Store, tmp_path: Path) -> None:
     remote, local = remote_windows(store, options(tmp_path)), open_windows(corpus[0], "train", seq_length=64, seed=3)
-    assert np.array_equal(remote.windows(range(3000)), local_windows(corpus, 3000))
+    assert np.array_equal(remote.windows(range(local.num_windows)), local_windows(corpus, local.num_windows))
     assert remote.fingerprint != local.fingerprint or remote.description == local.description
     chunks = sum(record.chunks for record in corpus[1].splits["train"])
     assert sum(count for name, count in store.requests.items() if name.endswith(".tar")) == chunks, "one each"

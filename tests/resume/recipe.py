@@ -108,7 +108,8 @@ def load_everything(folder: Path) -> dict[str, Any]:
     state: dict[str, Any] = {}
     planner = _EmptyStateDictLoadPlanner()
     _load_state_dict(state, storage_reader=FileSystemReader(folder), planner=planner, no_dist=True)
-    state["common"] = torch.load(folder / "common.pt", weights_only=False)
+    if (separate := folder / "common.pt").is_file():  # before megatron-core 0.18; since then one of the objects
+        state["common_state"] = torch.load(separate, weights_only=False)
     return dict(_leaves("", state))
 
 
@@ -137,5 +138,5 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def optimizer_steps(folder: Path) -> set[int]:
     """Steps that the optimizer counted, one number per parameter group."""
-    common = torch.load(folder / "common.pt", weights_only=False)
-    return {value for path, value in _leaves("", common) if path.endswith("/step")}
+    numbers = load_everything(folder).items()
+    return {value for path, value in numbers if path.startswith("/common_state") and path.endswith("/step")}

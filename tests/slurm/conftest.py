@@ -133,16 +133,23 @@ class User:
         ]
 
     @contextmanager
-    def paused(self, name: str) -> Iterator[None]:
-        """The ranks of a run stand still, so that it is not over before something happens to it."""
+    def paused(self, name: str) -> Iterator[list[psutil.Process]]:
+        """The ranks of a run, which stand still meanwhile, so that it is not over before something happens to it."""
         ranks = self.ranks(name)
         assert ranks, self.log(name)
         for rank in ranks:
             rank.suspend()
-        yield
+        yield ranks
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):
                 rank.resume()
+
+    @staticmethod
+    def is_asked_to_end(rank: psutil.Process) -> bool:
+        """Whether SIGTERM waits for a rank that stands still, or somebody else let it go on."""
+        status = Path(f"/proc/{rank.pid}/status").read_text(encoding="utf-8")
+        pending = (int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd:", "ShdPnd:")))
+        return any(mask >> (signal.SIGTERM - 1) & 1 for mask in pending) or "T (stopped)" not in status
 
     def kill_rank(self, name: str, number: signal.Signals = signal.SIGKILL) -> bool:
         """Send a signal to one rank of the last start of a run; False if there is none at this moment."""

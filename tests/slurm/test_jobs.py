@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.resume.recipe import RunFiles
-from tests.slurm.cluster import COMMAND_POLL, wait_until
+from tests.slurm.cluster import wait_until
 from tests.slurm.conftest import LONG, STEPS, User, assert_as_undisturbed
 
 pytestmark = pytest.mark.slow
@@ -56,11 +56,10 @@ def preempt(user: User, job: str) -> int:
     """An urgent job takes a node of a job that runs, which saves and waits; returns the step of its checkpoint."""
     node = user.cluster.hostnames(user.cluster.job(job)["NodeList"])[0]
     options = ("--partition=urgent", f"--nodelist={node}", "--exclusive", "--output=/dev/null", "--parsable")
-    with user.paused("story"):
+    with user.paused("story") as ranks:
         assert_runs(user, job)
         urgent = user.cluster.call("sbatch", *options, "--wrap=sleep 8").strip()
-        is_preempted = lambda: user.cluster.job(job).get("PreemptTime", "None") != "None"  # noqa: E731
-        wait_until(is_preempted, 120, lambda: user.log("story"), COMMAND_POLL)
+        wait_until(lambda: all(map(user.is_asked_to_end, ranks)), 120, lambda: user.log("story"))
     user.cluster.wait_for_state(urgent, "RUNNING", timeout=120)
     user.cluster.wait_for_state(job, "PENDING", timeout=120)
     assert user.status("story")["state"].startswith("preempted (waits to go on")
