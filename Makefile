@@ -49,6 +49,7 @@ bench-gpu: env
 	qsparse bench kernels --output docs/performance
 	qsparse bench moe --output docs/performance
 	qsparse bench train --output docs/performance
+	[ "$$(nvidia-smi -L | wc -l)" -lt 2 ] || qsparse bench scaling --output docs/performance
 	qsparse bench trajectories --data data/stdlib --output docs/performance
 
 # The pages look at the run that the quickstart leaves behind.
