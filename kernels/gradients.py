@@ -206,7 +206,8 @@ def gathered_gradient(codes: Tensor, scale: Tensor, x_scale: Tensor) -> Quantize
     Raises:
         ValueError: types or shapes that the kernel does not take.
     """
-    tokens, outputs = check_rows(codes, "codes", 2**31 - 1, (torch.float8_e4m3fn,)).shape
+    codes = check_rows(codes, "codes", 2**31 - 1, (torch.float8_e4m3fn,))
+    tokens, outputs = codes.shape
     _check_scales(tokens, outputs, x_scale, None)
     common = scale.new_zeros(1)
     if tokens:
@@ -235,16 +236,16 @@ def _chunks(outputs: int) -> dict[str, int]:
 
 def transposed_input(codes: Tensor, x_scale: Tensor, gradient: QuantizedGradient) -> Tensor:
     """X^T [D,T] in e4m3: the codes of the input with its scale and the gradient's folded in."""
-    return _transpose(codes, x_scale, gradient)
+    return _transpose(check_rows(codes, "codes", 2**31 - 1, (torch.int8,)), x_scale, gradient)
 
 
 def transposed_weight(codes: Tensor) -> Tensor:
     """W^T [D,O] in e4m3, exactly: ternary codes int8 [O,D] with the summed dimension contiguous."""
-    return _transpose(codes, None, None)
+    return _transpose(check_rows(codes, "codes", 2**31 - 1, (torch.int8,)), None, None)
 
 
 def _transpose(codes: Tensor, x_scale: Tensor | None, gradient: QuantizedGradient | None) -> Tensor:
-    rows, columns = check_rows(codes, "codes", 2**31 - 1, (torch.int8, torch.float8_e4m3fn)).shape
+    rows, columns = codes.shape
     out = _token_contiguous(columns, rows, codes.device)
     if codes.numel():
         _transpose_codes_kernel[(cdiv(rows, TILE_TOKENS), cdiv(columns, TILE_FEATURES))](

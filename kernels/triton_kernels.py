@@ -241,8 +241,7 @@ class FastBackward:
         if gather is None:
             return gradients.quantize_gradient(grad_TO, self._x_scale, self._inside)
         codes, scale = gradients.round_gradient(grad_TO, self._inside)
-        everyones = gather(codes.view(torch.uint8)).view(codes.dtype)  # as bytes: NCCL of some versions has no e4m3
-        return gradients.gathered_gradient(everyones, gather(scale), self._x_scale)
+        return gradients.gathered_gradient(gather(codes), gather(scale), self._x_scale)
 
     def dgrad(self) -> Tensor:
         """See `Backward.dgrad`."""

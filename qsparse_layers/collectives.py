@@ -4,6 +4,7 @@
 beside the products that are launched meanwhile.
 """
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -28,7 +29,9 @@ def start_gather(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, di
     if group is None or group.size() == 1:
         return x, None
     out = x.new_empty((x.shape[0] * group.size(), *x.shape[1:]))
-    return out, dist.all_gather_into_tensor(out, x.contiguous(), group=group, async_op=True)
+    # As bytes: NCCL has no 16-bit integers, and some versions no e4m3.
+    sent = x.contiguous().view(torch.uint8)
+    return out, dist.all_gather_into_tensor(out.view(torch.uint8), sent, group=group, async_op=True)
 
 
 def start_reduce_scatter(x: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, dist.Work | None]:

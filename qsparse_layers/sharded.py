@@ -5,11 +5,11 @@ counts of magnitudes of every rank (256 bytes per token and rank, `kernels.shard
 need no counts.  The result is that of `selection.topk_mask`, bit for bit.
 """
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from kernels.dispatch import Sharded
+from qsparse_layers.collectives import gather_rows
 
 
 def sharded_codes(
@@ -30,7 +30,5 @@ def sharded_codes(
     if kept is None or block is not None or not across_ranks:
         return kernels.local_codes(x, gamma, kept, block)
     codes, scale, counts = kernels.count_codes(x, gamma)
-    everyone = counts.new_empty((group.size() * counts.shape[0], counts.shape[1]))
-    # As bytes: NCCL has no 16-bit integers.
-    dist.all_gather_into_tensor(everyone.view(torch.uint8), counts.view(torch.uint8), group=group)
-    return kernels.keep_largest(codes, everyone.view(group.size(), *counts.shape), kept, group.rank()), scale
+    everyone = gather_rows(counts, group).view(group.size(), *counts.shape)
+    return kernels.keep_largest(codes, everyone, kept, group.rank()), scale

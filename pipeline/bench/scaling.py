@@ -8,9 +8,10 @@ tokens per second and GPU, their ratio to those of one GPU, and how much of the 
 import argparse
 import math
 import sys
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from rich.console import Console
 from pipeline.bench.kernels.drawing import COLORS, panels, save, unique
 from pipeline.bench.machine import machine_lines
 from pipeline.bench.results import Row, extend_csv, markdown_table, read_csv, update_page
+from pipeline.bench.train_options import missing, parse, training_parser
 from pipeline.bench.train_ranks import Result, measure_all
-from pipeline.bench.train_variants import SHAPES, VARIANTS, Order
+from pipeline.bench.train_variants import SHAPES, VARIANTS, Order, layout_name
 
 KEYS = ("shape", "variant", "dp", "tp", "micro_batch")
 COLUMNS = (
     *(*KEYS, "cuda_graph", "tokens_per_s_per_gpu", "ms_per_step", "q25_ms", "q75_ms"),
-    *("communication_ms", "exposed_ms", "peak_gib", "loss", "failed"),
+    *("communication_ms", "exposed_ms", "peak_gib", "loss", "absent"),
 )
 TITLE = "The same tokens per GPU on one GPU and on several"
 _EPILOG = """\
@@ -34,7 +36,7 @@ already, from the same machine, day, versions and commit, stay there.
 
 examples:
   qsparse bench scaling --layouts dp=2 tp=2
-  qsparse bench scaling --layouts dp=4,tp=2 --variants qsparse-bitnet --micro-batch 8
+  qsparse bench scaling --layouts dp=4,tp=2 --variants dense,qsparse-bitnet --micro-batch 8
   qsparse bench scaling --device cpu --shapes tiny --layouts dp=2 tp=2 --steps 2
 """
 
@@ -42,11 +44,7 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code: 1 if anything failed."""
     parser = _parser()
-    options = parser.parse_args(arguments)
-    for name, known in (("shapes", SHAPES), ("variants", VARIANTS)):
-        unknown = [value for value in getattr(options, name) if value not in known]
-        if unknown:
-            parser.error(f"--{name} {' '.join(unknown)}: expected some of {', '.join(known)}")
+    options = parse(parser, arguments)
     console = Console(soft_wrap=True)
     if options.draw:
         return _draw(options.output, console)
@@ -61,26 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qsparse bench scaling",
-        description=__doc__.split("\n\n")[0] if __doc__ else None,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
     variants = ["dense", "qsparse-bitnet", "qsparse-bitnet-fast"]
+    parser = training_parser("scaling", __doc__ or "", _EPILOG, shapes=["1.3b"], variants=variants)
+    add = parser.add_argument
     add("--layouts", nargs="+", type=_layout, default=[(2, 1), (1, 2)], metavar="L", help="default: dp=2 tp=2")
-    add("--shapes", nargs="+", default=["1.3b"], metavar="NAME", help=f"of {' '.join(SHAPES)} (default: 1.3b)")
-    add("--variants", nargs="+", default=variants, metavar="NAME", help=f"default: {' '.join(variants)}; others: train")
     add("--micro-batch", type=int, metavar="N", help="sequences per GPU (default: by shape)")
-    add("--steps", type=int, default=6, metavar="N", help="steps measured of each (default: 6)")
-    add("--warmup-steps", type=int, default=5, metavar="N", help="before that; a graph takes 4 (default: 5)")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="where (default: cuda)")
-    add("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest time for one run (default: 600)")
-    add("--total-seconds", type=float, default=math.inf, metavar="N", help="then end; what is left is named")
-    add("--output", type=Path, default=Path("runs/bench/scaling"), metavar="FOLDER", help="where results go")
-    add("--draw", action="store_true", help="measure nothing: figure and table from the CSV file in FOLDER")
-    add("--commit", metavar="TEXT", help="commit of the code, for a copy that git does not know")
     return parser
 
 
@@ -96,27 +79,25 @@ def _layout(text: str) -> tuple[int, int]:
 
 
 def _measure(options: argparse.Namespace, console: Console) -> bool:
-    head = machine_lines(options.commit)
+    head, rows, failed = machine_lines(options.commit), [], False
+    tell = partial(console.print, markup=False, highlight=False)
     for line in head:
-        console.print(line, markup=False, highlight=False)
-    orders = deque(
+        tell(line)
+    present = [
         _order(options, shape, variant, *sizes)
         for shape in options.shapes
         for variant in options.variants
         for sizes in dict.fromkeys([(1, 1), *options.layouts])
-    )
-    end, failed, rows = time.monotonic() + options.total_seconds, False, []
-    for order, result in measure_all(orders, lambda: min(options.timeout, end - time.monotonic())):
-        name = f"{order.shape} {order.variant}, {_name(order.dp, order.tp)}"
-        if isinstance(result, str) and result.startswith("failed") and order.cuda_graph and time.monotonic() < end:
-            console.print(f"{name}, CUDA graph: {result}", markup=False, highlight=False)
-            orders.append(order._replace(cuda_graph=False))
-            continue
-        failed |= isinstance(result, str)
+    ]
+    absent = [(order, reason) for order in present if (reason := missing(order))]
+    orders = deque(order for order in present if not missing(order))
+    limits = {"timeout": options.timeout, "total_seconds": options.total_seconds}
+    for order, result in chain(absent, measure_all(orders, **limits, tell=tell)):
+        failed |= isinstance(result, str) and result.startswith("failed")
         rows.append(_row(order, result))
         extend_csv(options.output / "scaling.csv", head, COLUMNS, rows, keys=KEYS)
         told = result if isinstance(result, str) else f"{rows[-1]['tokens_per_s_per_gpu']} tokens/s/GPU"
-        console.print(f"{name}: {told}", markup=False, highlight=False)
+        tell(f"{order.name}: {told}")
     return failed
 
 
@@ -138,7 +119,7 @@ def _row(order: Order, result: Result) -> dict[str, Any]:
     keys = (order.shape, order.variant, order.dp, order.tp, order.micro_batch_size)
     row: dict[str, Any] = {**dict.fromkeys(COLUMNS, ""), **dict(zip(KEYS, keys, strict=True))}
     if isinstance(result, str):
-        return row | {"failed": result}
+        return row | {"absent": result}
     for name in ("tokens_per_s_per_gpu", "ms_per_step", "q25_ms", "q75_ms", "peak_gib"):
         row[name] = f"{result[name]:.1f}"
     if (communication := result["communication"]) is not None:
@@ -146,17 +127,13 @@ def _row(order: Order, result: Result) -> dict[str, Any]:
     return row | {"cuda_graph": "yes" if order.cuda_graph else "no", "loss": f"{result['loss']:.4f}"}
 
 
-def _name(dp: int, tp: int) -> str:
-    return " ".join(f"{name}={size}" for name, size in (("DP", dp), ("TP", tp)) if size > 1) or "one GPU"
-
-
 def scaling_table(rows: Sequence[Row]) -> str:
     """A line per shape, variant and layout."""
     lines = []
     for row in rows:
-        name = [row["shape"], row["variant"], _name(int(row["dp"]), int(row["tp"]))]
-        if row["failed"]:
-            lines.append([*name, row["failed"], *[""] * 6])
+        name = [row["shape"], row["variant"], layout_name(int(row["dp"]), int(row["tp"]))]
+        if row["absent"]:
+            lines.append([*name, row["absent"], *[""] * 6])
             continue
         time_ms = f"{row['ms_per_step']} ({row['q25_ms']} to {row['q75_ms']})"
         numbers = [f"{_rate(row):,.0f}", efficiency(row, rows), time_ms, row["communication_ms"], row["exposed_ms"]]
@@ -170,7 +147,7 @@ def efficiency(row: Row, rows: Sequence[Row]) -> str:
     """Tokens per second and GPU over those of one GPU with as many sequences per GPU; empty without them."""
     micro_batch = str(int(row["micro_batch"]) // int(row["tp"]))
     wanted = (row["shape"], row["variant"], "1", "1", micro_batch)
-    alone = (one for one in rows if tuple(one[key] for key in KEYS) == wanted and not one["failed"])
+    alone = (one for one in rows if tuple(one[key] for key in KEYS) == wanted and not one["absent"])
     one = next(alone, None)
     return "" if one is None else f"{_rate(row) / _rate(one):.1%}"
 
@@ -198,8 +175,8 @@ def _figure(rows: Sequence[Row], path: Path) -> None:
     shapes = unique(rows, "shape")
     figure, axes = panels(len(shapes), width=8.0)
     for panel, shape in zip(axes, shapes, strict=True):
-        here = [row for row in rows if row["shape"] == shape and not row["failed"]]
-        names = [f"{row['variant']}, {_name(int(row['dp']), int(row['tp']))}" for row in here]
+        here = [row for row in rows if row["shape"] == shape and not row["absent"]]
+        names = [f"{row['variant']}, {layout_name(int(row['dp']), int(row['tp']))}" for row in here]
         exposed = [float(row["exposed_ms"] or 0) for row in here]
         hidden = [float(row["communication_ms"] or 0) - alone for row, alone in zip(here, exposed, strict=True)]
         rest = [float(row["ms_per_step"]) - a - b for row, a, b in zip(here, exposed, hidden, strict=True)]

@@ -8,12 +8,10 @@ fake quantization in plain PyTorch, as most training code for such models has it
 """
 
 import argparse
-import importlib.util
-import math
 import sys
-import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from rich.console import Console
 from pipeline.bench.machine import machine_lines
 from pipeline.bench.results import extend_csv, read_csv, update_page
 from pipeline.bench.train_categories import ACTIVATIONS
+from pipeline.bench.train_options import missing, parse, training_parser
 from pipeline.bench.train_ranks import measure_all
 from pipeline.bench.train_report import (
     KEYS,
@@ -51,11 +50,7 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code: 1 if a variant failed, not if its library is absent."""
     parser = _parser()
-    options = parser.parse_args(arguments)
-    for name, known in (("shapes", SHAPES), ("variants", VARIANTS)):
-        unknown = [value for value in getattr(options, name) if value not in known]
-        if unknown:
-            parser.error(f"--{name} {','.join(unknown)}: expected some of {', '.join(known)}")
+    options = parse(parser, arguments)
     console = Console(soft_wrap=True)
     if options.draw:
         return _draw(options.output, console)
@@ -69,31 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qsparse bench train",
-        description=__doc__.split("\n\n")[0] if __doc__ else None,
-        epilog=_EPILOG + "\nvariants:\n" + "".join(f"  {name:24} {v.summary}\n" for name, v in VARIANTS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = training_parser("train", __doc__ or "", _EPILOG, shapes=["350m", "1.3b"], variants=list(VARIANTS))
     add = parser.add_argument
-    add("--shapes", type=_names, default=["350m", "1.3b"], metavar="NAMES", help=f"some of {','.join(SHAPES)}")
-    add("--variants", type=_names, default=list(VARIANTS), metavar="NAMES", help="see below")
-    add("--steps", type=int, default=6, metavar="N", help="steps measured of each (default: 6)")
-    add("--warmup-steps", type=int, default=5, metavar="N", help="before that; a graph takes 4 (default: 5)")
     add("--micro-batch", type=int, metavar="N", help="sequences per forward pass, and no other (default: by shape)")
     add("--microbatches", type=int, default=1, metavar="N", help="forward passes per step (default: 1)")
-    add("--device", choices=("cuda", "cpu"), default="cuda", help="where (default: cuda)")
     add("--data", metavar="FOLDER", help="prepared dataset instead of random tokens")
-    add("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest time for one variant (default: 600)")
-    add("--total-seconds", type=float, default=math.inf, metavar="N", help="then end; what is left is named")
-    add("--output", type=Path, default=Path("runs/bench/train"), metavar="FOLDER", help="where results go")
-    add("--draw", action="store_true", help="measure nothing: figures and tables from the CSV files in FOLDER")
-    add("--commit", metavar="TEXT", help="commit of the code, for a copy that git does not know")
     return parser
-
-
-def _names(text: str) -> list[str]:
-    return text.split(",")
 
 
 def _measure(options: argparse.Namespace, console: Console) -> bool:
@@ -101,34 +77,23 @@ def _measure(options: argparse.Namespace, console: Console) -> bool:
     for line in head:
         console.print(line, markup=False, highlight=False)
     book = _Book(options.output, head)
-    end = time.monotonic() + options.total_seconds
-    present = [(order, _missing(order)) for order in _orders(options)]
-    orders = deque(order for order, missing in present if not missing)
+    tell = partial(console.print, markup=False, highlight=False)
+    present = [(order, missing(order)) for order in _orders(options)]
+    orders = deque(order for order, reason in present if not reason)
     fastest: dict[tuple[str, str], float] = {}
-    for order, result in measure_all(orders, lambda: min(options.timeout, end - time.monotonic())):
-        is_first = (order.shape, order.variant) not in fastest
-        in_time = end > time.monotonic()
-        if isinstance(result, str) and result.startswith("failed") and order.cuda_graph and is_first and in_time:
-            console.print(f"{order.shape} {order.variant}, CUDA graph: {result}", markup=False, highlight=False)
-            orders.append(order._replace(cuda_graph=False))
-            continue
-        console.print(book.enter(order, result), markup=False, highlight=False)
+    limits = {"timeout": options.timeout, "total_seconds": options.total_seconds}
+    for order, result in measure_all(orders, **limits, tell=tell):
+        tell(book.enter(order, result))
         if options.micro_batch is None and isinstance(result, dict):
             speed = result["tokens_per_s_per_gpu"]
             faster = speed > fastest.get((order.shape, order.variant), 0.0)
             fastest[order.shape, order.variant] = speed
             if faster and _has_room(result):
                 orders.append(order._replace(micro_batch_size=2 * order.micro_batch_size))
-    for order, missing in present:
-        if missing:
-            console.print(book.enter(order, missing), markup=False, highlight=False)
+    for order, reason in present:
+        if reason:
+            tell(book.enter(order, reason))
     return book.failed
-
-
-def _missing(order: Order) -> str:
-    """Why an order cannot be measured here; empty if it can."""
-    package = VARIANTS[order.variant].package
-    return f"not installed: {package}" if package and importlib.util.find_spec(package) is None else ""
 
 
 def _orders(options: argparse.Namespace) -> Iterable[Order]:

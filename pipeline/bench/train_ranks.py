@@ -24,24 +24,39 @@ Result = dict[str, Any] | str
 """Numbers, or why there are none."""
 
 
-def measure_all(orders: deque[Order], seconds: Callable[[], float]) -> Iterator[tuple[Order, Result]]:
+def measure_all(
+    orders: deque[Order], *, timeout: float, total_seconds: float, tell: Callable[[str], None]
+) -> Iterator[tuple[Order, Result]]:
     """Measure one training after the other.
+
+    What fails as a CUDA graph is told and, after the others, measured without one; a larger micro-batch of what worked
+    is not.
 
     Args:
         orders: taken from the left; more may be appended while this runs.
-        seconds: that the next one may take; nothing is measured where none are left.
+        timeout: seconds for one.
+        total_seconds: for all; what is left then gets the reason as its result.
+        tell: prints a line.
     """
-    waiting = None
+    end, worked, waiting = time.monotonic() + total_seconds, set(), None
     while orders:
         order = orders.popleft()
         ranks = waiting or _start(order)
         waiting = _start(orders[0]) if orders else None  # imports while this one measures
-        left = seconds()
-        if left > 0:
-            yield order, ranks.measure(left)
+        seconds = min(timeout, end - time.monotonic())
+        result: Result = f"left out: {total_seconds:g} seconds were over"
+        if seconds > 0:
+            result = ranks.measure(seconds)
         else:
             ranks.close()
-            yield order, "left out: --total-seconds were over"
+        what = order.shape, order.variant, order.dp, order.tp
+        if isinstance(result, dict):
+            worked.add(what)
+        elif result.startswith("failed") and order.cuda_graph and what not in worked and time.monotonic() < end:
+            tell(f"{order.name}, CUDA graph: {result}")
+            orders.append(order._replace(cuda_graph=False))
+            continue
+        yield order, result
 
 
 def _start(order: Order) -> "Ranks":

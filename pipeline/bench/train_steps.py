@@ -55,7 +55,7 @@ def measure(order: Order, config: Config) -> dict[str, Any] | None:
 
     Returns:
         On rank 0: numbers by name; `breakdown` holds milliseconds of one step by category, `kernels` those of single
-        kernels, `communication` of it all, on GPUs, [its time, the part that nothing hides]; `memory` GiB by category.
+        kernels, `communication` on GPUs [milliseconds, those that nothing hides]; `memory` GiB by category.
     """
     with parallel_world(config) as world, closing(_learner(order, config, world)) as learner:
         for step in range(order.warmup_steps):
@@ -73,13 +73,15 @@ def measure(order: Order, config: Config) -> dict[str, Any] | None:
         profiler = _profile(learner, step + 1)
         if not world.is_main:
             return None
-        numbers = _numbers(order, config, seconds, world)
-        numbers |= {"loss": loss, "peak_gib": sum(memory.values()) / 2**30}
-        numbers["memory"] = {name: size / 2**30 for name, size in memory.items()}
         on_gpu = world.device.type == "cuda"
-        return (
-            numbers | _breakdown(profiler, on_gpu=on_gpu) | {"communication": _communication(profiler, on_gpu=on_gpu)}
-        )
+        return {
+            **_numbers(order, config, seconds, world),
+            "peak_gib": sum(memory.values()) / 2**30,
+            "loss": loss,
+            "memory": {name: size / 2**30 for name, size in memory.items()},
+            **_breakdown(profiler, on_gpu=on_gpu),
+            "communication": _communication(profiler, on_gpu=on_gpu),
+        }
 
 
 def _learner(order: Order, config: Config, world: World) -> Learner:

@@ -103,6 +103,11 @@ SHAPES = {
 }
 
 
+def layout_name(dp: int, tp: int) -> str:
+    """`DP=2 TP=4`, without sizes of 1."""
+    return " ".join(f"{name}={size}" for name, size in (("DP", dp), ("TP", tp)) if size > 1) or "one GPU"
+
+
 class Order(NamedTuple):
     """What one process of the benchmark is asked to measure; travels as JSON."""
 
@@ -122,6 +127,11 @@ class Order(NamedTuple):
     def gpus(self) -> int:
         """Processes."""
         return self.dp * self.tp
+
+    @property
+    def name(self) -> str:
+        """Shape, variant and, on several GPUs, layout."""
+        return f"{self.shape} {self.variant}" + (f", {layout_name(self.dp, self.tp)}" if self.gpus > 1 else "")
 
     def config(self) -> Config:
         """The run that is measured."""

@@ -48,10 +48,11 @@ def quotas(weights: Sequence[float], block: int) -> npt.NDArray[np.int64]:
         MixingError: a source with a weight above 0 gets none.
     """
     exact = [Fraction(repr(float(weight))) for weight in weights]
-    shares = [weight * block / sum(exact) for weight in exact]
+    total = sum(exact)
+    shares = [weight * block / total for weight in exact]
     counts = np.array([math.floor(share) for share in shares], dtype=np.int64)
     missing = block - int(counts.sum())
-    counts[sorted(range(len(shares)), key=lambda number: math.floor(shares[number]) - shares[number])[:missing]] += 1
+    counts[sorted(range(len(shares)), key=lambda number: -(shares[number] % 1))[:missing]] += 1
     for number, (weight, count) in enumerate(zip(weights, counts.tolist(), strict=True)):
         if weight and not count:
             raise MixingError(

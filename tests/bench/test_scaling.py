@@ -28,12 +28,20 @@ def test_one_process_and_two(tmp_path):
     rows = read_csv(folder / "scaling.csv").rows
     assert tuple(rows[0]) == COLUMNS
     assert [tuple(row[key] for key in KEYS[2:]) for row in rows] == [("1", "1", "2"), ("2", "1", "2"), ("1", "2", "4")]
-    assert all(row["failed"] == "" for row in rows)
+    assert all(row["absent"] == "" for row in rows)
     tokens = [float(row["tokens_per_s_per_gpu"]) * float(row["ms_per_step"]) / 1e3 for row in rows]
     assert tokens == pytest.approx([2 * 32] * 3, rel=0.02), "per process"
     page = folder.with_suffix(".md").read_text()
     assert "| tiny | qsparse-bitnet | TP=2 |" in page and "(bench/scaling.png)" in page
     assert (folder / "scaling.png").stat().st_size > 10_000
+
+
+def test_what_cannot_be_measured_is_named(tmp_path):
+    options = ["--device", "cpu", "--shapes", "tiny", "--variants", "naive", "--layouts", "tp=2"]
+    process = bench_scaling(*options, "--total-seconds", "0", "--output", str(tmp_path))
+    assert process.returncode == 0, process.stdout + process.stderr
+    reasons = [row["absent"] for row in read_csv(tmp_path / "scaling.csv").rows]
+    assert reasons == ["left out: needs whole weights, tp=1", "left out: 0 seconds were over"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -53,7 +61,7 @@ def test_efficiency_compares_equal_work_per_gpu():
         row(micro_batch="16", tokens_per_s_per_gpu="110"),
         row(micro_batch="8", dp="2", tokens_per_s_per_gpu="95", communication_ms="9.0", exposed_ms="1.0"),
         row(micro_batch="32", tp="2", tokens_per_s_per_gpu="88"),
-        row(micro_batch="64", tp="2", failed="failed: out of memory"),
+        row(micro_batch="64", tp="2", absent="failed: out of memory"),
     ]
     assert [efficiency(one, rows) for one in rows[:4]] == ["100.0%", "100.0%", "95.0%", "80.0%"]
     lines = scaling_table(rows).splitlines()

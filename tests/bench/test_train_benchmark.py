@@ -151,7 +151,7 @@ def test_what_the_total_time_leaves_out_is_named(tmp_path):
     arguments = ["--device", "cpu", "--shapes", "tiny", "--variants", "dense", "--total-seconds", "0"]
     process = bench_train(*arguments, "--output", str(tmp_path))
     assert process.returncode == 0
-    assert read_csv(tmp_path / "train.csv").rows[0]["absent"] == "left out: --total-seconds were over"
+    assert read_csv(tmp_path / "train.csv").rows[0]["absent"] == "left out: 0 seconds were over"
 
 
 def test_kernels_fall_into_categories():

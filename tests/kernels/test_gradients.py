@@ -109,3 +109,5 @@ def test_bad_input_is_refused_before_the_launch(device: str) -> None:
         gradients.gathered_gradient(grad, torch.ones(4, 1, device=device), torch.ones(4, 1, device=device))
     with pytest.raises(ValueError, match=r"codes is torch.bfloat16, the kernel takes torch.int8"):
         gradients.transposed_weight(grad)
+    with pytest.raises(ValueError, match=r"codes is torch.float8_e4m3fn, the kernel takes torch.int8"):
+        gradients.transposed_weight(grad.to(torch.float8_e4m3fn))

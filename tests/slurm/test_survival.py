@@ -66,7 +66,7 @@ def test_a_hang_is_reported_and_the_job_goes_on(user: User, undisturbed: RunFile
     assert user.decisions("hung")[0].startswith("again exit code 4, failure 1 of 3"), user.log("hung")
     (report,) = (user.run("hung").path / "hang").glob("*/report.txt")
     text = report.read_text()
-    assert re.search(r"rank [01] left no report: stopped, gone, or its machine is unreachable", text)
+    assert re.search(r"rank [01] left no report: stopped, gone, or its machine is unreachable; the other", text)
     assert "waiting: rank" in text
     assert_as_undisturbed(user, "hung", undisturbed)
 
