@@ -8,6 +8,9 @@ Transposing takes 1.5 instructions per code, and each trial a tenth of one inste
 Exactly K remain: codes of the threshold's magnitude are kept in order of their index until K are.  A zero code is the
 same kept or dropped.
 
+Rows that several ranks share are counted instead, first by the upper four bits of the magnitude, then by the lower
+three of those with the upper ones of the K-th largest.
+
 Words of codes are [N, 8], N lines of 8 features, with byte p of quarter p of the row; in a word of a plane, [N], bit c
 of byte p is of column c.
 """
@@ -74,6 +77,14 @@ def _search(plane, above, ties, free):
 
 
 @triton.jit
+def _descend(plane, above, ties, bit):
+    """As `_search`, where the bit of the threshold is known."""
+    fewer = bit - 1  # all ones, if the threshold has a zero
+    ones = ties & plane
+    return above | (ones & fewer), ties & (plane ^ fewer)
+
+
+@triton.jit
 def _clamp(count):
     """To what a line of 8 can use."""
     return tl.minimum(tl.maximum(count, 0), 8)
@@ -119,7 +130,59 @@ def keep_largest_codes(codes, kept):
     above, ties, free = _search(m2, above, ties, free)
     above, ties, free = _search(m1, above, ties, free)
     above, ties, free = _search(m0, above, ties, free)
-    keep = above | _first_ties(ties, free)
+    return _masked(codes, above | _first_ties(ties, free))
+
+
+@triton.jit
+def _with_prefix(prefix, m6, m5, m4, m3):
+    """Codes whose magnitude has these four upper bits."""
+    above = tl.zeros_like(m6)
+    above, ties = _descend(m6, above, above - 1, prefix >> 3)
+    above, ties = _descend(m5, above, ties, (prefix >> 2) & 1)
+    above, ties = _descend(m4, above, ties, (prefix >> 1) & 1)
+    return _descend(m3, above, ties, prefix & 1)
+
+
+@triton.jit
+def keep_above(codes, threshold, free):
+    """`codes` [N, 8] with all magnitudes but those above `threshold` and the first `free` of its ties set to 0."""
+    m0, m1, m2, m3, m4, m5, m6 = _magnitudes(codes)
+    above, ties = _with_prefix(threshold >> 3, m6, m5, m4, m3)
+    above, ties = _descend(m2, above, ties, (threshold >> 2) & 1)
+    above, ties = _descend(m1, above, ties, (threshold >> 1) & 1)
+    above, ties = _descend(m0, above, ties, threshold & 1)
+    return _masked(codes, above | _first_ties(ties, free))
+
+
+@triton.jit
+def _count_halves(word, plane):
+    """How many codes of `word` have a zero, and in the upper 16 bits how many have a one."""
+    ones = word & plane
+    return tl.sum(bits_of_words(word ^ ones) | (bits_of_words(ones) << 16), axis=0)
+
+
+@triton.jit
+def store_coarse_counts(codes, counts_ptr, beyond):
+    """16 counts of 16 bits: magnitudes 0 to 7, 8 to 15, ...; `beyond` of the places [N, 8, 4] are none of the row's."""
+    _, _, _, m3, m4, m5, m6 = _magnitudes(codes)
+    for pair in tl.static_range(8):  # bits 6, 5 and 4
+        word = (m6 ^ ((pair >> 2) - 1)) & (m5 ^ (((pair >> 1) & 1) - 1)) & (m4 ^ ((pair & 1) - 1))
+        counts = _count_halves(word, m3)
+        tl.store(counts_ptr + pair, counts - beyond if pair == 0 else counts)
+
+
+@triton.jit
+def store_fine_counts(codes, prefix, counts_ptr, beyond):
+    """8 counts of 16 bits: magnitudes 8 prefix, 8 prefix + 1, ...; `beyond` as for `store_coarse_counts`."""
+    m0, m1, m2, m3, m4, m5, m6 = _magnitudes(codes)
+    _, ties = _with_prefix(prefix, m6, m5, m4, m3)
+    for pair in tl.static_range(4):  # bits 2 and 1
+        counts = _count_halves(ties & (m2 ^ ((pair >> 1) - 1)) & (m1 ^ ((pair & 1) - 1)), m0)
+        tl.store(counts_ptr + pair, counts - tl.where(prefix == 0, beyond, 0) if pair == 0 else counts)
+
+
+@triton.jit
+def _masked(codes, keep):
     even = tl.join(_masks_of_two(keep, 0, 4), _masks_of_two(keep, 2, 6))
     odd = tl.join(_masks_of_two(keep, 1, 5), _masks_of_two(keep, 3, 7))
     return codes & tl.reshape(tl.join(even, odd), codes.shape)

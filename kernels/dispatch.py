@@ -88,45 +88,58 @@ class Fused(Protocol):
 
 
 class Sharded(Protocol):
-    """Passes over rows whose features are spread over ranks, between the collectives; see `kernels.sharded`."""
+    """`Fused` of rows whose features are spread over ranks, between the collectives; see `kernels.sharded`."""
 
-    def takes(self, x: Tensor, block: int | None) -> bool:
-        """Whether there are kernels for this type and these sizes."""
+    def takes(self, dtype: torch.dtype, features: int, block: int | None) -> bool:
+        """Whether there are kernels for the codes of rows of which this rank has `features`."""
 
-    def row_absmax(self, x: Tensor) -> Tensor:
-        """max|x| of this rank's features, float32 [..., 1]."""
+    def row_sums(self, x: Tensor, *, activation: Activation | None, gain: Tensor | None) -> Tensor:
+        """What the others have to know of this rank's features first, float32 [T, 2]."""
 
-    def local_codes(self, x: Tensor, gamma: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
-        """`Kernels.sparsify` of this rank's features under max|x| of the whole row."""
+    def normalize(self, x: Tensor, sums: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """`Fused.rms_norm` given the sums of all ranks, [ranks, T, 2]."""
 
-    def count_codes(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes, scales, and how many codes have each magnitude."""
+    def local_codes(
+        self,
+        x: Tensor,
+        sums: Tensor,
+        kept: int | None,
+        block: int | None,
+        *,
+        activation: Activation | None,
+        gain: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`Fused.sparsify` under the scale of the whole row, K and M being of this rank's features."""
 
-    def keep_largest(self, codes: Tensor, counts: Tensor, kept: int, rank: int) -> Tensor:
-        """Mask the codes in place, given the counts of all ranks."""
+    def count_codes(
+        self, x: Tensor, sums: Tensor, *, activation: Activation | None, gain: Tensor | None, eps: float
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
+        """(All codes, scales, 1/rms), and counts of magnitudes [T, 16]."""
 
+    def count_nearest(self, codes: Tensor, coarse: Tensor, kept: int) -> Tensor:
+        """Counts of magnitudes next to the K-th largest [T, 8], given the first counts of all ranks [ranks, T, 16]."""
 
-class ShardedNorm(Protocol):
-    """RMSNorm of rows whose features are spread over ranks, between the collectives; see `kernels.sharded_norm`."""
+    def keep_largest(self, codes: Tensor, coarse: Tensor, fine: Tensor, kept: int, rank: int) -> Tensor:
+        """Mask the codes in place, given both counts of all ranks [ranks, T, 16] and [ranks, T, 8]."""
 
-    def takes(self, x: Tensor) -> bool:
-        """Whether there are kernels for this type and size."""
-
-    def sum_squares(self, x: Tensor) -> Tensor:
-        """Of this rank's features, float32 [..., 1]."""
-
-    def normalize(
-        self, x: Tensor, squares: Tensor, gain: Tensor, num_features: int, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """Normalized features, and 1/rms of the whole row [..., 1]."""
-
-    def gradient_dots(self, grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> Tensor:
+    def gradient_dots(
+        self, grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, *, activation: Activation | None
+    ) -> Tensor:
         """What the gradient of the norm sums over the features of the row, float32 [..., 1]."""
 
     def gradients(
-        self, grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, dots: Tensor, num_features: int
+        self,
+        grad: Tensor,
+        x: Tensor,
+        gain: Tensor,
+        rstd: Tensor,
+        dots: Tensor,
+        num_features: int,
+        *,
+        activation: Activation | None,
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of x and gain."""
+        """Gradients of x and gain, given the sum over ranks."""
 
 
 class Kernels(Protocol):
@@ -136,8 +149,6 @@ class Kernels(Protocol):
     """Forms fused with what precedes the layer; None: there are none."""
     sharded: Sharded | None
     """Passes of a row-parallel layer on several ranks; None: there are none."""
-    sharded_norm: ShardedNorm | None
-    """The norm in front of such a layer; None: there is none."""
     expander: Expander | None
     """What keeps ternary weights in bf16 for the backward pass; None: nothing does."""
 
@@ -196,7 +207,6 @@ class ReferenceKernels:
 
     fused: Fused | None = None
     sharded: Sharded | None = None
-    sharded_norm: ShardedNorm | None = None
     expander: Expander | None = None
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:

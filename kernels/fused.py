@@ -3,7 +3,7 @@
 Per token (arXiv 2407.10969 eq. 5 and 11; SubLN as in arXiv 2504.12285 sec. 2), each optional, in this order:
 
     a = relu(g)^2 u | silu(g) u | relu(u)^2       feed-forward activation of [gate | up] or of up
-    x = a / sqrt(mean(a^2) + eps) * gain          RMSNorm (SubLN)
+    x = a gain / sqrt(mean(a^2) + eps)            RMSNorm (SubLN)
     codes, scale                                  as `sparsify.sparsify`: absmax int8 and exact top-K
 
 The obvious way writes a and x to memory and reads them back, each in bf16.  Here each input element is read from
@@ -80,27 +80,29 @@ def activated(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _input_quarter(
+def input_quarter(
     row_ptr, index, quarter, features, part: tl.constexpr, mask, ACTIVATION: tl.constexpr
 ):  # fmt: skip
     """One quarter of a: the activation of a row's gate and up halves, or the row itself."""
     value = load_quarter(row_ptr, index, quarter, features, part, mask)
-    if ACTIVATION == "":
-        return value
-    up = value
-    if ACTIVATION != "relu2":
-        up = load_quarter(row_ptr + features, index, quarter, features, part, mask)
-    return nearest(_activation(widened(value), widened(up), ACTIVATION))
+    if ACTIVATION != "":
+        up = value
+        if ACTIVATION != "relu2":
+            up = load_quarter(row_ptr + features, index, quarter, features, part, mask)
+        value = nearest(_activation(widened(value), widened(up), ACTIVATION))
+    return value
 
 
 @triton.jit
-def _normalized(a, rstd, gain_ptr, index, quarter, features, part: tl.constexpr, mask):
+def normalized(a, rstd, gain_ptr, index, quarter, features, part: tl.constexpr, mask):
+    """One quarter of x; the gain comes first, so that max|x| is max|a gain| rstd, rounded (`sharded`)."""
     gain = widened(load_quarter(gain_ptr, index, quarter, features, part, mask))
-    return nearest(widened(a) * rstd * gain)
+    return nearest(widened(a) * gain * rstd)
 
 
 @triton.jit
-def _sum_of_squares(a0, a1, a2, a3):
+def sum_of_squares(a0, a1, a2, a3):
+    """Of a row's four quarters, in float32."""
     a0, a1, a2, a3 = widened(a0), widened(a1), widened(a2), widened(a3)
     return tl.sum(tl.sum(a0 * a0 + a1 * a1 + a2 * a2 + a3 * a3, axis=1), axis=0)
 
@@ -113,17 +115,17 @@ def fuse_row(
 ):  # fmt: skip
     """One token: its input at `x_row`, its results in row `row`; tiles as in `sparsify._sparsify_kernel`."""
     index, mask = quarter_tile(quarter, ROWS, COLUMNS, BLOCK)
-    a0 = _input_quarter(x_row, index, quarter, features, 0, mask, ACTIVATION)
-    a1 = _input_quarter(x_row, index, quarter, features, 1, mask, ACTIVATION)
-    a2 = _input_quarter(x_row, index, quarter, features, 2, mask, ACTIVATION)
-    a3 = _input_quarter(x_row, index, quarter, features, 3, mask, ACTIVATION)
+    a0 = input_quarter(x_row, index, quarter, features, 0, mask, ACTIVATION)
+    a1 = input_quarter(x_row, index, quarter, features, 1, mask, ACTIVATION)
+    a2 = input_quarter(x_row, index, quarter, features, 2, mask, ACTIVATION)
+    a3 = input_quarter(x_row, index, quarter, features, 3, mask, ACTIVATION)
     if NORM:
-        rstd = tl.rsqrt(_sum_of_squares(a0, a1, a2, a3) / features + eps)
+        rstd = tl.rsqrt(sum_of_squares(a0, a1, a2, a3) / features + eps)
         tl.store(rstd_ptr + row, rstd)
-        a0 = _normalized(a0, rstd, gain_ptr, index, quarter, features, 0, mask)
-        a1 = _normalized(a1, rstd, gain_ptr, index, quarter, features, 1, mask)
-        a2 = _normalized(a2, rstd, gain_ptr, index, quarter, features, 2, mask)
-        a3 = _normalized(a3, rstd, gain_ptr, index, quarter, features, 3, mask)
+        a0 = normalized(a0, rstd, gain_ptr, index, quarter, features, 0, mask)
+        a1 = normalized(a1, rstd, gain_ptr, index, quarter, features, 1, mask)
+        a2 = normalized(a2, rstd, gain_ptr, index, quarter, features, 2, mask)
+        a3 = normalized(a3, rstd, gain_ptr, index, quarter, features, 3, mask)
     store_codes(
         a0, a1, a2, a3, row_gamma(a0, a1, a2, a3), codes_ptr, scale_ptr, row, index, quarter, features, mask, kept,
         SPARSE, BLOCK, True,

@@ -108,7 +108,7 @@ def _norm_terms(
 
 
 @triton.jit
-def _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column, ACTIVATION: tl.constexpr):
+def norm_sums(grad_row, x_row, gain_ptr, rstd, features, column, ACTIVATION: tl.constexpr):
     """Summands of dgain, and of mean(dx gain n)."""
     _, _, gain, grad, normed = _norm_terms(grad_row, x_row, gain_ptr, rstd, features, column, ACTIVATION)
     dgain = grad * normed
@@ -116,12 +116,14 @@ def _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column, ACTIVATION: tl
 
 
 @triton.jit
-def _norm_store(
+def norm_piece(
     grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column, ACTIVATION: tl.constexpr
 ):  # fmt: skip
+    """Write the input gradient of some columns of one row, given mean(dx gain n); returns their summands of dgain."""
     gate, up, gain, grad, normed = _norm_terms(grad_row, x_row, gain_ptr, rstd, features, column, ACTIVATION)
     da = rstd * (grad * gain - normed * mean)
     _store_input_grad(da, gate, up, out_row, features, column, column < features, ACTIVATION)
+    return grad * normed
 
 
 @triton.jit
@@ -133,19 +135,19 @@ def norm_row(
 
     A row is read twice, the second time from the first-level cache: holding it in registers beside dgain would spill.
     """
-    sum0, dot0 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column0, ACTIVATION)
-    sum1, dot1 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column1, ACTIVATION)
-    sum2, dot2 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column2, ACTIVATION)
-    sum3, dot3 = _norm_sums(grad_row, x_row, gain_ptr, rstd, features, column3, ACTIVATION)
+    sum0, dot0 = norm_sums(grad_row, x_row, gain_ptr, rstd, features, column0, ACTIVATION)
+    sum1, dot1 = norm_sums(grad_row, x_row, gain_ptr, rstd, features, column1, ACTIVATION)
+    sum2, dot2 = norm_sums(grad_row, x_row, gain_ptr, rstd, features, column2, ACTIVATION)
+    sum3, dot3 = norm_sums(grad_row, x_row, gain_ptr, rstd, features, column3, ACTIVATION)
     dgain0 += sum0
     dgain1 += sum1
     dgain2 += sum2
     dgain3 += sum3
     mean = tl.sum((dot0 + dot1) + (dot2 + dot3), axis=0) / features
-    _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column0, ACTIVATION)
-    _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column1, ACTIVATION)
-    _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column2, ACTIVATION)
-    _norm_store(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column3, ACTIVATION)
+    norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column0, ACTIVATION)
+    norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column1, ACTIVATION)
+    norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column2, ACTIVATION)
+    norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column3, ACTIVATION)
     return dgain0, dgain1, dgain2, dgain3
 
 
@@ -209,10 +211,8 @@ def backward(
     Raises:
         ValueError: dtype or shape that the kernels do not take, or a gain without rstd.
     """
-    rows, features = check_input(x, activation)
-    grad_rows = check_rows(grad, "grad", MAX_FEATURES, (torch.bfloat16,))
-    if grad.shape != (*x.shape[:-1], features):
-        raise ValueError(f"grad has shape {tuple(grad.shape)}, an x of {tuple(x.shape)} takes [..., {features}]")
+    rows, grad_rows = check_gradient(grad, x, activation)
+    features = grad.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if gain is None or rstd is None:
         _check_no_norm(activation, gain, rstd)
@@ -220,11 +220,24 @@ def backward(
             _launch_activation(grad_rows, rows, dx, features, activation)
         return dx, None
     check_gain(gain, features)
-    _check_rstd(rstd, x)
+    check_rstd(rstd, x)
     if dx.numel() == 0:
         return dx, torch.zeros_like(gain)
     partial = _launch_norm(grad_rows, rows, gain, rstd, dx, activation, launch or norm_launch(features))
     return dx, partial.sum(0).to(gain.dtype)
+
+
+def check_gradient(grad: Tensor, x: Tensor, activation: Activation | None) -> tuple[Tensor, Tensor]:
+    """`x` and `grad` as rows without a copy.
+
+    Raises:
+        ValueError: dtype or shape that the kernels do not take.
+    """
+    rows, features = check_input(x, activation)
+    grad_rows = check_rows(grad, "grad", MAX_FEATURES, (torch.bfloat16,))
+    if grad.shape != (*x.shape[:-1], features):
+        raise ValueError(f"grad has shape {tuple(grad.shape)}, an x of {tuple(x.shape)} takes [..., {features}]")
+    return rows, grad_rows
 
 
 def _launch_activation(grad: Tensor, rows: Tensor, dx: Tensor, features: int, activation: Activation | None) -> None:
@@ -274,7 +287,12 @@ def _check_no_norm(activation: Activation | None, gain: Tensor | None, rstd: Ten
         raise ValueError("neither activation nor gain: the gradient of x is grad itself")
 
 
-def _check_rstd(rstd: Tensor, x: Tensor) -> None:
+def check_rstd(rstd: Tensor, x: Tensor) -> None:
+    """Refuse 1/rms that do not belong to the rows of `x`.
+
+    Raises:
+        ValueError: type, shape or stride.
+    """
     check_dtype(rstd, "rstd", (torch.float32,))
     if rstd.shape != (*x.shape[:-1], 1) or not rstd.is_contiguous():
         raise ValueError(

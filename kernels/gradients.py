@@ -11,6 +11,10 @@ scales in one weight (q, k and v), s_w[o] multiplies dY before the rounding and 
 
 8-bit tensor core instructions of Hopper read both operands along the summed dimension, hence G^T and X^T.
 
+The obvious rounding finds the scales in one pass and writes both forms of the codes in another: 6 bytes of traffic per
+element of a bf16 dY.  Here a row waits in registers for its scale, and its codes are transposed as bytes: 5, and the
+codes can be gathered from other ranks in between.
+
 The trade-off: e4m3 keeps 4 significant bits, a relative error of up to 1/16 per element, unbiased over a sum; the exact
 mode multiplies dY in bf16.
 
@@ -29,9 +33,12 @@ from kernels.sparsify_triton import larger
 
 _E4M3_MAX = tl.constexpr(448.0)
 _TINY = tl.constexpr(1e-30)
-_COMMON = tl.constexpr(127.0 / 448.0)
+_COMMON = 127 / 448
 TILE_TOKENS, TILE_FEATURES, TILE_WARPS = 128, 64, 4
 """Tile of the transposing kernels: both sides write whole 32-byte sectors."""
+_COLUMNS = 8
+_LONGEST_HELD = 16384
+"""Output features of a row that one program keeps in registers."""
 
 
 @triton.jit
@@ -43,62 +50,44 @@ def _load_gradients(row_ptr, weight_scale_ptr, output, outputs, SCALED: tl.const
 
 
 @triton.jit
-def _row_scale(row_ptr, weight_scale_ptr, outputs, SCALED: tl.constexpr, CHUNK: tl.constexpr):
-    amax = tl.zeros([CHUNK], tl.float32)
-    for start in range(0, outputs, CHUNK):
-        output = start + tl.arange(0, CHUNK)
-        amax = larger(amax, tl.abs(_load_gradients(row_ptr, weight_scale_ptr, output, outputs, SCALED)))
-    largest = tl.reduce(amax, 0, larger)
+def _gradient_scale(amax):
+    largest = tl.reduce(amax, None, larger)
     return tl.where(largest < _TINY, _TINY, largest) / _E4M3_MAX
 
 
 @triton.jit
-def _gradient_scale_kernel(
-    grad_ptr, weight_scale_ptr, x_scale_ptr, scale_ptr, common_ptr, outputs, grad_stride,
-    SCALED: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Scale of one token, and its part in the common scale."""
-    token = tl.program_id(0)
-    row_ptr = grad_ptr + token.to(tl.int64) * grad_stride
-    scale = _row_scale(row_ptr, weight_scale_ptr, outputs, SCALED, CHUNK)
-    tl.store(scale_ptr + token, scale)
-    tl.atomic_max(common_ptr, scale * tl.load(x_scale_ptr + token) * _COMMON)
+def _store_codes(grad, scale, row_ptr, output, outputs):
+    code = (grad * (1.0 / scale)).to(tl.float8e4nv).to(tl.int8, bitcast=True)
+    tl.store(row_ptr + output, code, mask=output < outputs)
 
 
 @triton.jit
 def _round_gradient_kernel(
-    grad_ptr, weight_scale_ptr, scale_ptr, out_ptr, outputs, grad_stride, SCALED: tl.constexpr, CHUNK: tl.constexpr
-):
-    """One token: its scale and its codes."""
-    token = tl.program_id(0).to(tl.int64)
-    row_ptr = grad_ptr + token * grad_stride
-    scale = _row_scale(row_ptr, weight_scale_ptr, outputs, SCALED, CHUNK)
-    tl.store(scale_ptr + token, scale)
-    for start in range(0, outputs, CHUNK):
-        output = start + tl.arange(0, CHUNK)
-        grad = _load_gradients(row_ptr, weight_scale_ptr, output, outputs, SCALED)
-        code = (grad * (1.0 / scale)).to(tl.float8e4nv).to(tl.int8, bitcast=True)
-        tl.store(out_ptr + token * outputs + output, code, mask=output < outputs)
-
-
-@triton.jit
-def _quantize_gradient_kernel(
-    grad_ptr, weight_scale_ptr, scale_ptr, out_ptr, transposed_ptr, tokens, outputs, grad_stride, token_stride,
-    TOKENS: tl.constexpr, OUTPUTS: tl.constexpr, SCALED: tl.constexpr,
+    grad_ptr, weight_scale_ptr, scale_ptr, out_ptr, outputs, grad_stride,
+    SCALED: tl.constexpr, WHOLE: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One tile, written as it is and transposed."""
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-    mask = (token < tokens)[:, None] & (output < outputs)[None, :]
-    row = token.to(tl.int64)[:, None]
-    grad = tl.load(grad_ptr + row * grad_stride + output[None, :], mask=mask, other=0.0).to(tl.float32)
-    if SCALED:
-        grad *= tl.load(weight_scale_ptr + output, mask=output < outputs, other=0.0)[None, :]
-    scale = tl.load(scale_ptr + token, mask=token < tokens, other=1.0)
-    code = (grad * (1.0 / scale)[:, None]).to(tl.float8e4nv).to(tl.int8, bitcast=True)
-    tl.store(out_ptr + row * outputs + output[None, :], code, mask=mask)
-    column = output.to(tl.int64)[:, None]
-    tl.store(transposed_ptr + column * token_stride + token[None, :], tl.trans(code), mask=tl.trans(mask))
+    """Scale and codes of one token.
+
+    A tile [LINES, COLUMNS] holds the row (WHOLE), which waits in registers for its scale, or its beginning: the rest is
+    read twice.  COLUMNS is what a thread loads at once: types of 1, 2 and 4 bytes then need no exchange of layouts, and
+    neighbouring threads read neighbouring sectors.
+    """
+    CHUNK: tl.constexpr = LINES * COLUMNS
+    token = tl.program_id(0).to(tl.int64)
+    row_ptr, codes_ptr = grad_ptr + token * grad_stride, out_ptr + token * outputs
+    output = tl.arange(0, LINES)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    grad = _load_gradients(row_ptr, weight_scale_ptr, output, outputs, SCALED)
+    amax = tl.abs(grad)
+    if not WHOLE:
+        for start in range(CHUNK, outputs, CHUNK):
+            amax = larger(amax, tl.abs(_load_gradients(row_ptr, weight_scale_ptr, start + output, outputs, SCALED)))
+    scale = _gradient_scale(amax)
+    tl.store(scale_ptr + token, scale)
+    _store_codes(grad, scale, codes_ptr, output, outputs)
+    if not WHOLE:
+        for start in range(CHUNK, outputs, CHUNK):
+            grad = _load_gradients(row_ptr, weight_scale_ptr, start + output, outputs, SCALED)
+            _store_codes(grad, scale, codes_ptr, start + output, outputs)
 
 
 @triton.jit
@@ -161,43 +150,41 @@ def quantize_gradient(grad: Tensor, x_scale: Tensor, weight_scale: Tensor | None
     Raises:
         ValueError: types or shapes that the kernel does not take.
     """
-    tokens, outputs = check_rows(grad, "grad", 2**31 - 1).shape
-    _check_scales(tokens, outputs, x_scale, weight_scale)
-    codes, scale = _empty_codes(grad)
-    transposed = _token_contiguous(outputs, tokens, grad.device)
-    common = torch.zeros(1, dtype=torch.float32, device=grad.device)
-    if codes.numel():
-        scaled = weight_scale is not None
-        _gradient_scale_kernel[(tokens,)](
-            grad, weight_scale, x_scale, scale, common, outputs, grad.stride(0), SCALED=scaled, **_chunks(outputs)
-        )
-        _quantize_gradient_kernel[(cdiv(tokens, TILE_TOKENS), cdiv(outputs, TILE_FEATURES))](
-            grad, weight_scale, scale, codes.view(torch.int8), transposed.view(torch.int8),
-            tokens, outputs, grad.stride(0), transposed.stride(0),
-            TOKENS=TILE_TOKENS, OUTPUTS=TILE_FEATURES, SCALED=scaled, num_warps=TILE_WARPS,
-        )  # fmt: skip
-    return QuantizedGradient(codes, transposed, scale, common)
+    return gathered_gradient(*round_gradient(grad, weight_scale), x_scale)
 
 
-def round_gradient(grad: Tensor, weight_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+def round_gradient(
+    grad: Tensor, weight_scale: Tensor | None, *, launch: dict[str, int] | None = None
+) -> tuple[Tensor, Tensor]:
     """What of a `QuantizedGradient` concerns each token alone, to be sent: codes [T,O] and scales [T,1].
 
     Args:
         grad: dY [T,O], bf16, fp16 or fp32, of some of the tokens.
         weight_scale: as in `quantize_gradient`.
+        launch: `LINES`, `COLUMNS` and `num_warps` of the kernel; None: from O.
 
     Raises:
         ValueError: types or shapes that the kernel does not take.
     """
-    tokens, outputs = check_rows(grad, "grad", 2**31 - 1).shape
-    _check_scales(tokens, outputs, None, weight_scale)
-    codes, scale = _empty_codes(grad)
-    if codes.numel():
+    grad = check_rows(grad, "grad", 2**31 - 1)
+    tokens, outputs = grad.shape
+    if weight_scale is not None and weight_scale.numel() != outputs:
+        raise ValueError(f"weight_scale has {weight_scale.numel()} numbers for {outputs} output features")
+    codes = torch.empty(tokens, outputs, dtype=torch.float8_e4m3fn, device=grad.device)
+    scale = torch.empty(tokens, 1, dtype=torch.float32, device=grad.device)
+    if tokens:
+        launch = launch or _round_launch(outputs)
         _round_gradient_kernel[(tokens,)](
             grad, weight_scale, scale, codes.view(torch.int8), outputs, grad.stride(0),
-            SCALED=weight_scale is not None, **_chunks(outputs),
+            SCALED=weight_scale is not None, WHOLE=launch["LINES"] * launch["COLUMNS"] >= outputs, **launch,
         )  # fmt: skip
     return codes, scale
+
+
+def _round_launch(outputs: int) -> dict[str, int]:
+    """16 to 64 elements of a row for each thread; several rows per program, to read s_w once, were no faster."""
+    lines = 512 if outputs > _LONGEST_HELD else next_power_of_2(cdiv(outputs, _COLUMNS))
+    return {"LINES": lines, "COLUMNS": _COLUMNS, "num_warps": max(1, min(8, lines // 64))}
 
 
 def gathered_gradient(codes: Tensor, scale: Tensor, x_scale: Tensor) -> QuantizedGradient:
@@ -207,31 +194,14 @@ def gathered_gradient(codes: Tensor, scale: Tensor, x_scale: Tensor) -> Quantize
         ValueError: types or shapes that the kernel does not take.
     """
     codes = check_rows(codes, "codes", 2**31 - 1, (torch.float8_e4m3fn,))
-    tokens, outputs = codes.shape
-    _check_scales(tokens, outputs, x_scale, None)
+    tokens = len(codes)
+    check_dtype(x_scale, "x_scale", (torch.float32,))
+    if x_scale.numel() != tokens:
+        raise ValueError(f"x_scale has {x_scale.numel()} numbers for {tokens} tokens")
     common = scale.new_zeros(1)
     if tokens:
-        common = (scale.flatten() * x_scale.flatten() * _COMMON.value).amax().view(1)
+        common = (scale.flatten() * x_scale.flatten() * _COMMON).amax().view(1)
     return QuantizedGradient(codes, _transpose(codes, None, None), scale, common)
-
-
-def _check_scales(tokens: int, outputs: int, x_scale: Tensor | None, weight_scale: Tensor | None) -> None:
-    if x_scale is not None:
-        check_dtype(x_scale, "x_scale", (torch.float32,))
-        if x_scale.numel() != tokens:
-            raise ValueError(f"x_scale has {x_scale.numel()} numbers for {tokens} tokens")
-    if weight_scale is not None and weight_scale.numel() != outputs:
-        raise ValueError(f"weight_scale has {weight_scale.numel()} numbers for {outputs} output features")
-
-
-def _empty_codes(grad: Tensor) -> tuple[Tensor, Tensor]:
-    scale = torch.empty(len(grad), 1, dtype=torch.float32, device=grad.device)
-    return torch.empty(grad.shape, dtype=torch.float8_e4m3fn, device=grad.device), scale
-
-
-def _chunks(outputs: int) -> dict[str, int]:
-    chunk = min(4096, next_power_of_2(outputs))
-    return {"CHUNK": chunk, "num_warps": max(1, chunk // 1024)}
 
 
 def transposed_input(codes: Tensor, x_scale: Tensor, gradient: QuantizedGradient) -> Tensor:

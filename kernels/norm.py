@@ -1,4 +1,4 @@
-"""RMSNorm of bf16 rows in one pass: y = x / sqrt(mean(x^2) + eps) * gain, float32 inside, rounded once.
+"""RMSNorm of bf16 rows in one pass: y = x gain / sqrt(mean(x^2) + eps), float32 inside, rounded once.
 
 What torch does in six passes for `qsparse_layers.norm.rms_norm`.  The backward is that of `fused_backward`.
 
@@ -23,7 +23,7 @@ def _rms_norm_kernel(x_ptr, gain_ptr, y_ptr, rstd_ptr, row_stride, features, eps
     rstd = tl.rsqrt(tl.sum(x * x, axis=0) / features + eps)
     tl.store(rstd_ptr + row, rstd)
     gain = tl.load(gain_ptr + feature, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + row * features + feature, (x * rstd * gain).to(tl.bfloat16), mask=mask)
+    tl.store(y_ptr + row * features + feature, (x * gain * rstd).to(tl.bfloat16), mask=mask)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:

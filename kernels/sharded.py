@@ -1,226 +1,269 @@
-"""Absmax codes and exact top-K of a row whose features are spread over ranks, in Triton.
+"""What `fused.sparsify` and `norm.rms_norm` do, for rows whose features are spread over ranks, in Triton.
 
-The three passes between the collectives of a row-parallel layer (`qsparse_layers.sharded`):
+The passes between the collectives of a row-parallel layer (`qsparse_layers.sharded`).  With a the row or its
+activation, and x = (a gain) rstd or a itself:
 
-    row_absmax     max|x| of this rank's features                             -> maximum over ranks
-    count_codes    codes under the row's scale, and how many have each of the 128 magnitudes
-                                                                              -> every rank learns all counts
-    keep_largest   the K largest codes of the whole row stay, in place
+    row_sums        sum(a^2) and max|a gain| of this rank's features            -> every rank learns all ranks'
+    count_codes     codes of x, and how many have each of the upper four bits    -> every rank learns all counts
+    count_nearest   of those that share them with the K-th largest, the lower three  -> likewise
+    keep_largest    the K largest codes of the whole row stay, in place
 
-The obvious way sums the counts over ranks and then asks how many of the tied codes lie on lower ranks.  Here the counts
-of each rank travel as they are: the K-th largest magnitude follows from their sum and the ties on lower ranks are an
-entry of the same table, so one collective does for both.  16 bits hold a count: 256 bytes per token and rank, and up to
-four ranks no more than a sum of 32-bit counts moves.
+The obvious way takes a collective more: the largest |x| of the row is known when x is, and x when the mean square is.
+But rounding is monotonic, so max|x| is max|a gain| times rstd, rounded alike: both travel together, 8 bytes per token
+and rank, and x never goes to memory.  Likewise, the obvious way to select sums the counts over ranks and then asks how
+many of the tied codes lie on lower ranks.  Here the counts of each rank travel as they are: the K-th largest magnitude
+follows from their sum, and the ties on lower ranks are an entry of the same table.  All 128 counts at once would take a
+collective less, and 256 bytes per token and rank instead of 48: with eight ranks more than the features themselves.
 
-Bit for bit `reference.absmax_codes` and `topk_mask` of the unsharded row.
+Bit for bit the unsharded row's codes without a norm; with one, its mean square is summed in another order.
 
-Shapes: T tokens, D features of this rank, R ranks.
+Shapes: T tokens, F features of this rank, R ranks; x has 2 F columns with a gated activation, else F.
 """
 
+from typing import Any
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from kernels.dispatch import Activation
+from kernels.fused import MAX_FEATURES, Sparsified, check_gain, check_input, fused_options
 from kernels.launch import check_dtype, check_rows, next_power_of_2
-from kernels.sparsify import check_kept, quarters
-from kernels.sparsify_triton import (
-    code_bits,
-    code_multiplier,
-    larger,
-    load_quarter,
-    quarter_tile,
-    row_scale,
-    store_codes,
+from kernels.sharded_triton import (
+    count_kernel,
+    fine_kernel,
+    keep_kernel,
+    local_kernel,
+    normalize_kernel,
+    sums_kernel,
 )
+from kernels.sparsify import LAUNCHES, check_kept, launch_options, quarters
 
-MAX_FEATURES = 16384
-MAGNITUDES = 128
-
-
-@triton.jit
-def _absmax_kernel(x_ptr, gamma_ptr, row_stride, features, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    feature = tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + row * row_stride + feature, mask=feature < features, other=0.0).to(tl.float32)
-    tl.store(gamma_ptr + row, tl.reduce(tl.abs(x), 0, larger))
+COARSE, FINE = 16, 8
+"""Counts of magnitudes: by their upper four bits, and by the lower three."""
 
 
-@triton.jit
-def _count_kernel(
-    x_ptr, gamma_ptr, codes_ptr, scale_ptr, counts_ptr, row_stride, features,
-    BLOCK: tl.constexpr, FACTOR: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    feature = tl.arange(0, BLOCK)
-    mask = feature < features
-    x = tl.load(x_ptr + row * row_stride + feature, mask=mask, other=0.0).to(tl.float32)
-    gamma = tl.load(gamma_ptr + row)
-    scale = row_scale(gamma)
-    tl.store(scale_ptr + row, scale)
-    codes = code_bits(x, scale, code_multiplier(gamma, scale), FACTOR).to(tl.int8)
-    tl.store(codes_ptr + row * features + feature, codes, mask=mask)
-    magnitude = tl.abs(codes.to(tl.int32)) & 127
-    counts = tl.histogram(tl.where(mask, magnitude, 0), 128)
-    bin = tl.arange(0, 128)
-    counts -= tl.where(bin == 0, BLOCK - features, 0)  # what lies beyond the row
-    tl.store(counts_ptr + row * 128 + bin, counts.to(tl.int16))
-
-
-@triton.jit
-def _keep_kernel(
-    codes_ptr, counts_ptr, features, kept, rank, ranks, rank_stride, BLOCK: tl.constexpr, RANKS: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    bin = tl.arange(0, 128)[None, :]
-    holder = tl.arange(0, RANKS)[:, None]
-    place = counts_ptr + holder.to(tl.int64) * rank_stride + row * 128 + bin
-    counts = tl.load(place, mask=holder < ranks, other=0).to(tl.int32)
-    total = tl.sum(counts, axis=0)
-    at_least = tl.cumsum(total, axis=0, reverse=True)
-    threshold = tl.sum((at_least >= kept).to(tl.int32), axis=0) - 1
-    above = tl.sum(tl.where(tl.arange(0, 128) > threshold, total, 0), axis=0)
-    tied = tl.sum(tl.where(bin == threshold, counts, 0), axis=1)
-    left = kept - above - tl.sum(tl.where(tl.arange(0, RANKS) < rank, tied, 0), axis=0)
-
-    feature = tl.arange(0, BLOCK)
-    mask = feature < features
-    codes_row = codes_ptr + row * features + feature
-    codes = tl.load(codes_row, mask=mask, other=0)
-    magnitude = tl.abs(codes.to(tl.int32))
-    is_tie = magnitude == threshold
-    keep = (magnitude > threshold) | (is_tie & (tl.cumsum(is_tie.to(tl.int32), axis=0) <= left))
-    tl.store(codes_row, tl.where(keep, codes, 0), mask=mask)
-
-
-@triton.jit
-def _local_kernel(
-    x_ptr, gamma_ptr, codes_ptr, scale_ptr, row_stride, features, quarter, kept,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, SPARSE: tl.constexpr, FACTOR: tl.constexpr,
-):  # fmt: skip
-    """`sparsify._sparsify_kernel` under a given max|x|."""
-    row = tl.program_id(0).to(tl.int64)
-    index, mask = quarter_tile(quarter, ROWS, COLUMNS, BLOCK)
-    x_row = x_ptr + row * row_stride
-    x0 = load_quarter(x_row, index, quarter, features, 0, mask)
-    x1 = load_quarter(x_row, index, quarter, features, 1, mask)
-    x2 = load_quarter(x_row, index, quarter, features, 2, mask)
-    x3 = load_quarter(x_row, index, quarter, features, 3, mask)
-    store_codes(
-        x0, x1, x2, x3, tl.load(gamma_ptr + row), codes_ptr, scale_ptr, row, index, quarter, features, mask, kept,
-        SPARSE, BLOCK, FACTOR,
-    )  # fmt: skip
-
-
-def row_absmax(x: Tensor) -> Tensor:
-    """max|x| of each row, float32 [..., 1].
+def row_sums(x: Tensor, *, activation: Activation | None = None, gain: Tensor | None = None) -> Tensor:
+    """Sum of squares (0 without a gain) and largest magnitude of this rank's features, float32 [T, 2].
 
     Args:
-        x: [..., D] bf16, fp16 or fp32, rows contiguous.
+        x: rows contiguous; [..., 2 F] = [gate | up] with a gated activation, else [..., F]; bf16, and fp16 or fp32
+            where neither activation nor gain is given.
+        activation: what precedes the norm; None: nothing.
+        gain: [F] of the RMSNorm, bf16 or float32; None: no norm.
 
     Raises:
         ValueError: dtype or shape that the kernel does not take.
     """
-    rows = check_rows(x, "x", MAX_FEATURES)
-    gamma = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+    rows, features = _check_front(x, activation, gain)
+    sums = torch.empty((rows.shape[0], 2), dtype=torch.float32, device=x.device)
     if x.numel():
-        _absmax_kernel[(rows.shape[0],)](rows, gamma, rows.stride(0), rows.shape[1], **_options(rows.shape[1]))
-    return gamma
+        quarter, lines, columns = quarters(features, None)
+        sums_kernel[(rows.shape[0],)](
+            rows, rows if gain is None else gain, sums, rows.stride(0), features, quarter, ROWS=lines, COLUMNS=columns,
+            ACTIVATION=activation or "", NORM=gain is not None, **_options(lines * columns, activation, gain),
+        )  # fmt: skip
+    return sums
 
 
-def count_codes(x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of this rank's features, and how many have each magnitude.
+def count_codes(
+    x: Tensor, sums: Tensor, *, activation: Activation | None = None, gain: Tensor | None = None, eps: float = 0.0
+) -> tuple[Sparsified, Tensor]:
+    """Codes of this rank's features, and how many have each of the upper four bits of a magnitude.
 
     Args:
-        x: [..., D] bf16, fp16 or fp32, rows contiguous.
-        gamma: [..., 1] float32, max|x| of the whole row.
+        x: as for `row_sums`.
+        sums: [R, T, 2] float32, those of all ranks.
+        activation: as for `row_sums`.
+        gain: as for `row_sums`.
+        eps: added to the mean square.
 
     Returns:
-        codes [..., D] int8, scale [..., 1] float32, counts [T, 128] int16.
+        codes, scale and 1/rms as `fused.sparsify` returns them, and int16 [T, 16] how many magnitudes are 0 to 7, 8 to
+        15, and so on.
 
     Raises:
         ValueError: dtype or shape that the kernel does not take.
     """
-    rows = check_rows(x, "x", MAX_FEATURES)
-    _check_gamma(gamma, x)
-    codes, scale = torch.empty(x.shape, dtype=torch.int8, device=x.device), torch.empty_like(gamma)
-    counts = torch.empty((rows.shape[0], MAGNITUDES), dtype=torch.int16, device=x.device)
+    found, rows, given = _results(x, sums, activation, gain, eps)
+    counts = torch.empty((rows.shape[0], COARSE), dtype=torch.int16, device=x.device)
     if x.numel():
-        _count_kernel[(rows.shape[0],)](
-            rows, gamma, codes, scale, counts, rows.stride(0), rows.shape[1],
-            FACTOR=x.dtype == torch.bfloat16, **_options(rows.shape[1]),
+        quarter, lines, columns = quarters(found.codes.shape[-1], None)
+        count_kernel[(rows.shape[0],)](
+            **given, counts_ptr=counts.view(torch.int32), quarter=quarter, ROWS=lines, COLUMNS=columns,
+            **_options(lines * columns, activation, gain),
         )  # fmt: skip
-    return codes, scale, counts
+    return found, counts
 
 
-def keep_largest(codes: Tensor, counts: Tensor, kept: int, rank: int) -> Tensor:
+def count_nearest(codes: Tensor, coarse: Tensor, kept: int) -> Tensor:
+    """How many codes have each of the eight magnitudes around the K-th largest of the whole row, int16 [T, 8].
+
+    Args:
+        codes: [..., F] int8 from `count_codes`, contiguous.
+        coarse: [R, T, 16] int16, the counts of all ranks.
+        kept: K of the whole row.
+
+    Raises:
+        ValueError: dtype or shape that the kernel does not take.
+    """
+    rows = _check_codes(codes)
+    _check_counts(coarse, "coarse", rows.shape[0], COARSE)
+    fine = torch.empty((rows.shape[0], FINE), dtype=torch.int16, device=codes.device)
+    if codes.numel():
+        fine_kernel[(rows.shape[0],)](
+            rows, coarse, fine.view(torch.int32), rows.shape[1], kept=kept, ranks=len(coarse),
+            coarse_stride=coarse.stride(0), **_tiles(rows.shape[1], len(coarse)),
+        )  # fmt: skip
+    return fine
+
+
+def keep_largest(codes: Tensor, coarse: Tensor, fine: Tensor, kept: int, rank: int) -> Tensor:
     """Set all but the `kept` largest codes of the whole row to 0, in place; ties to the lowest rank and index.
 
     Args:
-        codes: [..., D] int8 from `count_codes`, contiguous.
-        counts: [R, T, 128] int16 of all ranks, in the order of their features.
+        codes: [..., F] int8 from `count_codes`, contiguous.
+        coarse: [R, T, 16] int16 of all ranks, in the order of their features.
+        fine: [R, T, 8] int16 of all ranks from `count_nearest`.
         kept: K of the whole row.
         rank: whose features `codes` are.
 
     Raises:
         ValueError: dtype or shape that the kernel does not take.
     """
-    rows = check_rows(codes, "codes", MAX_FEATURES, (torch.int8,))
-    check_dtype(counts, "counts", (torch.int16,))
-    if counts.shape[1:] != (rows.shape[0], MAGNITUDES) or not counts.is_contiguous():
-        wanted = f"[ranks, {rows.shape[0]}, {MAGNITUDES}]"
-        raise ValueError(f"counts has shape {tuple(counts.shape)}, the kernel takes {wanted}, contiguous")
-    if not codes.is_contiguous():
-        raise ValueError(f"codes has strides {codes.stride()}, the kernel takes contiguous ones")
+    rows = _check_codes(codes)
+    _check_counts(coarse, "coarse", rows.shape[0], COARSE)
+    _check_counts(fine, "fine", rows.shape[0], FINE)
     if codes.numel():
-        _keep_kernel[(rows.shape[0],)](
-            rows, counts, rows.shape[1], kept, rank, counts.shape[0], counts.stride(0),
-            RANKS=next_power_of_2(counts.shape[0]), **_options(rows.shape[1]),
+        keep_kernel[(rows.shape[0],)](
+            rows, coarse, fine, rows.shape[1], kept=kept, rank=rank, ranks=len(coarse),
+            coarse_stride=coarse.stride(0), fine_stride=fine.stride(0), **_tiles(rows.shape[1], len(coarse)),
         )  # fmt: skip
     return codes
 
 
-def local_codes(x: Tensor, gamma: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
-    """`sparsify.sparsify` of this rank's features under the scale of the whole row.
+def local_codes(
+    x: Tensor,
+    sums: Tensor,
+    kept: int | None,
+    block: int | None,
+    *,
+    activation: Activation | None = None,
+    gain: Tensor | None = None,
+    eps: float = 0.0,
+) -> Sparsified:
+    """`fused.sparsify` of this rank's features under the norm and the scale of the whole row.
 
     Args:
-        x: [..., D] bf16, fp16 or fp32, rows contiguous.
-        gamma: [..., 1] float32, max|x| of the whole row.
+        x: as for `row_sums`.
+        sums: [R, T, 2] float32, those of all ranks.
         kept: K of this rank's features, or of each block; None keeps all.
         block: M, features per block; None: all of this rank's.
-
-    Returns:
-        codes [..., D] int8 and scale [..., 1] float32.
+        activation: as for `row_sums`.
+        gain: as for `row_sums`.
+        eps: added to the mean square.
 
     Raises:
         ValueError: dtype, shape, K or M that the kernel does not take.
     """
-    rows = check_rows(x, "x", MAX_FEATURES)
-    features = rows.shape[1]
+    found, rows, given = _results(x, sums, activation, gain, eps)
+    features = found.codes.shape[-1]
     check_kept(kept, block, features)
-    _check_gamma(gamma, x)
-    codes, scale = torch.empty(x.shape, dtype=torch.int8, device=x.device), torch.empty_like(gamma)
     if x.numel():
         quarter, lines, columns = quarters(features, block if kept is not None else None)
-        _local_kernel[(rows.shape[0],)](
-            rows, gamma, codes, scale, rows.stride(0), features, quarter, kept or 0,
-            ROWS=lines, COLUMNS=columns, BLOCK=block if block and kept is not None else 0,
-            SPARSE=kept is not None and kept < (block or features),
-            FACTOR=x.dtype == torch.bfloat16, num_warps=max(1, min(8, lines * columns // 512)),
+        local_kernel[(rows.shape[0],)](
+            **given, quarter=quarter, kept=kept or 0, ROWS=lines, COLUMNS=columns,
+            BLOCK=block if block and kept is not None else 0, SPARSE=kept is not None and kept < (block or features),
+            **_options(lines * columns, activation, gain),
         )  # fmt: skip
-    return codes, scale
+    return found
 
 
-def _options(features: int) -> dict[str, int]:
-    """One row per program, 16 features per thread."""
-    block = max(32, next_power_of_2(features))
-    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
+def normalize(x: Tensor, sums: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Normalized rows and 1/rms, of layers that do not quantize them.
+
+    Args:
+        x: [..., F] bf16, rows contiguous.
+        sums: [R, T, 2] float32, `row_sums` of all ranks.
+        gain: [F] bf16 or float32.
+        eps: added to the mean square.
+
+    Returns:
+        y [..., F] bf16 and 1/rms [..., 1] float32.
+
+    Raises:
+        ValueError: type or shape that the kernel does not take.
+    """
+    rows, features = _check_front(x, None, gain)
+    _check_sums(sums, rows.shape[0])
+    y, rstd = torch.empty(x.shape, dtype=x.dtype, device=x.device), sums.new_empty((*x.shape[:-1], 1))
+    if x.numel():
+        block = next_power_of_2(features)
+        normalize_kernel[(rows.shape[0],)](
+            rows, sums, gain, y, rstd, rows.stride(0), rows.shape[0], len(sums), len(sums) * features, eps, features,
+            BLOCK=block, RANKS=next_power_of_2(len(sums)), num_warps=max(1, min(16, block // 512)),
+        )  # fmt: skip
+    return y, rstd
 
 
-def _check_gamma(gamma: Tensor, x: Tensor) -> None:
-    check_dtype(gamma, "gamma", (torch.float32,))
-    if gamma.shape != (*x.shape[:-1], 1) or not gamma.is_contiguous():
-        wanted = (*x.shape[:-1], 1)
-        raise ValueError(
-            f"gamma has shape {tuple(gamma.shape)} and strides {gamma.stride()}, the kernel takes {wanted}, contiguous"
-        )
+def _results(
+    x: Tensor, sums: Tensor, activation: Activation | None, gain: Tensor | None, eps: float
+) -> tuple[Sparsified, Tensor, dict[str, Any]]:
+    """Empty results, `x` as rows, and the arguments that kernels with codes share."""
+    rows, features = _check_front(x, activation, gain)
+    _check_sums(sums, rows.shape[0])
+    codes = torch.empty((*x.shape[:-1], features), dtype=torch.int8, device=x.device)
+    scale = sums.new_empty((*x.shape[:-1], 1))
+    rstd = None if gain is None else torch.empty_like(scale)
+    given = {
+        **{"x_ptr": rows, "gain_ptr": rows if gain is None else gain, "sums_ptr": sums, "codes_ptr": codes},
+        **{"scale_ptr": scale, "rstd_ptr": scale if rstd is None else rstd, "row_stride": rows.stride(0)},
+        **{"num_rows": rows.shape[0], "ranks": len(sums), "total": len(sums) * features, "eps": eps},
+        **{"features": features, "RANKS": next_power_of_2(len(sums)), "ACTIVATION": activation or ""},
+        **{"NORM": gain is not None, "FACTOR": x.dtype == torch.bfloat16},
+    }
+    return Sparsified(codes, scale, rstd), rows, given
+
+
+def _options(words: int, activation: Activation | None, gain: Tensor | None) -> dict[str, int]:
+    if activation is None and gain is None:
+        return launch_options(LAUNCHES, words)
+    return fused_options(words, activation, norm=gain is not None)
+
+
+def _tiles(features: int, ranks: int) -> dict[str, int]:
+    quarter, lines, columns = quarters(features, None)
+    tile = {"quarter": quarter, "ROWS": lines, "COLUMNS": columns, "RANKS": next_power_of_2(ranks)}
+    return tile | fused_options(lines * columns, None, norm=True)
+
+
+def _check_codes(codes: Tensor) -> Tensor:
+    """`codes` as rows without a copy."""
+    rows = check_rows(codes, "codes", MAX_FEATURES, (torch.int8,))
+    if not codes.is_contiguous():
+        raise ValueError(f"codes has strides {codes.stride()}, the kernel takes contiguous ones")
+    return rows
+
+
+def _check_counts(counts: Tensor, name: str, tokens: int, entries: int) -> None:
+    check_dtype(counts, name, (torch.int16,))
+    if counts.dim() != 3 or counts.shape[1:] != (tokens, entries) or not counts.is_contiguous():
+        wanted = f"[ranks, {tokens}, {entries}]"
+        raise ValueError(f"{name} has shape {tuple(counts.shape)}, the kernel takes {wanted}, contiguous")
+
+
+def _check_sums(sums: Tensor, tokens: int) -> None:
+    check_dtype(sums, "sums", (torch.float32,))
+    if sums.dim() != 3 or sums.shape[1:] != (tokens, 2) or not sums.is_contiguous():
+        wanted = f"[ranks, {tokens}, 2]"
+        raise ValueError(f"sums has shape {tuple(sums.shape)}, the kernel takes {wanted}, contiguous")
+
+
+def _check_front(x: Tensor, activation: Activation | None, gain: Tensor | None) -> tuple[Tensor, int]:
+    """`x` as rows without a copy, and F."""
+    if activation is None and gain is None:
+        rows = check_rows(x, "x", MAX_FEATURES)
+        return rows, rows.shape[1]
+    rows, features = check_input(x, activation)
+    if gain is not None:
+        check_gain(gain, features)
+    return rows, features

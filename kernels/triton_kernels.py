@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
 
-from kernels import fused, fused_backward, gradients, sharded, sharded_norm, topk_float
+from kernels import fused, fused_backward, gradients, sharded, sharded_backward, topk_float
 from kernels.activation import activate
 from kernels.dispatch import (
     Activation,
@@ -15,7 +15,6 @@ from kernels.dispatch import (
     Gather,
     ReferenceKernels,
     Sharded,
-    ShardedNorm,
     e4m3_scale,
 )
 from kernels.gemm import gemm, unaligned
@@ -34,7 +33,6 @@ class TritonKernels:
         self._reference = ReferenceKernels()
         self.fused: Fused | None = FusedKernels()
         self.sharded: Sharded | None = ShardedKernels()
-        self.sharded_norm: ShardedNorm | None = ShardedNormKernels()
         self.expander: Expander | None = WeightExpander() if keep_bf16_weights else None
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
@@ -119,54 +117,67 @@ class FusedKernels:
 class ShardedKernels:
     """`dispatch.Sharded` in Triton."""
 
-    def takes(self, x: Tensor, block: int | None) -> bool:
+    def takes(self, dtype: torch.dtype, features: int, block: int | None) -> bool:
         """See `Sharded.takes`."""
-        fits = x.dtype != torch.float64 and x.shape[-1] <= sharded.MAX_FEATURES
-        return fits and (block is None or (1 < block <= MAX_BLOCK and x.shape[-1] % block == 0))
+        fits = dtype != torch.float64 and features <= fused.MAX_FEATURES
+        return fits and (block is None or (1 < block <= MAX_BLOCK and features % block == 0))
 
-    def row_absmax(self, x: Tensor) -> Tensor:
-        """See `Sharded.row_absmax`."""
-        return sharded.row_absmax(_rows(x))
+    def row_sums(self, x: Tensor, *, activation: Activation | None, gain: Tensor | None) -> Tensor:
+        """See `Sharded.row_sums`."""
+        return sharded.row_sums(_rows(x), activation=activation, gain=gain)
 
-    def local_codes(self, x: Tensor, gamma: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
+    def normalize(self, x: Tensor, sums: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See `Sharded.normalize`."""
+        return sharded.normalize(_rows(x), sums, gain, eps)
+
+    def local_codes(
+        self,
+        x: Tensor,
+        sums: Tensor,
+        kept: int | None,
+        block: int | None,
+        *,
+        activation: Activation | None,
+        gain: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `Sharded.local_codes`."""
-        return sharded.local_codes(_rows(x), gamma, kept, block)
+        return sharded.local_codes(_rows(x), sums, kept, block, activation=activation, gain=gain, eps=eps)
 
-    def count_codes(self, x: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def count_codes(
+        self, x: Tensor, sums: Tensor, *, activation: Activation | None, gain: Tensor | None, eps: float
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
         """See `Sharded.count_codes`."""
-        return sharded.count_codes(_rows(x), gamma)
+        return sharded.count_codes(_rows(x), sums, activation=activation, gain=gain, eps=eps)
 
-    def keep_largest(self, codes: Tensor, counts: Tensor, kept: int, rank: int) -> Tensor:
+    def count_nearest(self, codes: Tensor, coarse: Tensor, kept: int) -> Tensor:
+        """See `Sharded.count_nearest`."""
+        return sharded.count_nearest(codes, coarse, kept)
+
+    def keep_largest(self, codes: Tensor, coarse: Tensor, fine: Tensor, kept: int, rank: int) -> Tensor:
         """See `Sharded.keep_largest`."""
-        return sharded.keep_largest(codes, counts, kept, rank)
+        return sharded.keep_largest(codes, coarse, fine, kept, rank)
 
-
-class ShardedNormKernels:
-    """`dispatch.ShardedNorm` in Triton."""
-
-    def takes(self, x: Tensor) -> bool:
-        """See `ShardedNorm.takes`."""
-        return x.dtype == torch.bfloat16 and x.shape[-1] <= sharded_norm.MAX_FEATURES
-
-    def sum_squares(self, x: Tensor) -> Tensor:
-        """See `ShardedNorm.sum_squares`."""
-        return sharded_norm.sum_squares(_rows(x))
-
-    def normalize(
-        self, x: Tensor, squares: Tensor, gain: Tensor, num_features: int, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """See `ShardedNorm.normalize`."""
-        return sharded_norm.normalize(_rows(x), squares, gain, num_features, eps)
-
-    def gradient_dots(self, grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor) -> Tensor:
-        """See `ShardedNorm.gradient_dots`."""
-        return sharded_norm.gradient_dots(_rows(grad), _rows(x), gain, rstd)
+    def gradient_dots(
+        self, grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, *, activation: Activation | None
+    ) -> Tensor:
+        """See `Sharded.gradient_dots`."""
+        return sharded_backward.gradient_dots(_rows(grad), _rows(x), gain, rstd, activation=activation)
 
     def gradients(
-        self, grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, dots: Tensor, num_features: int
+        self,
+        grad: Tensor,
+        x: Tensor,
+        gain: Tensor,
+        rstd: Tensor,
+        dots: Tensor,
+        num_features: int,
+        *,
+        activation: Activation | None,
     ) -> tuple[Tensor, Tensor]:
-        """See `ShardedNorm.gradients`."""
-        return sharded_norm.gradients(_rows(grad), _rows(x), gain, rstd, dots, num_features)
+        """See `Sharded.gradients`."""
+        rows = _rows(grad), _rows(x)
+        return sharded_backward.gradients(*rows, gain, rstd, dots, num_features, activation=activation)
 
 
 class WeightExpander:
@@ -238,10 +249,10 @@ class FastBackward:
         self._grad = self._quantize(grad.flatten(0, -2), gather)
 
     def _quantize(self, grad_TO: Tensor, gather: Gather | None) -> gradients.QuantizedGradient:
-        if gather is None:
-            return gradients.quantize_gradient(grad_TO, self._x_scale, self._inside)
         codes, scale = gradients.round_gradient(grad_TO, self._inside)
-        return gradients.gathered_gradient(gather(codes), gather(scale), self._x_scale)
+        if gather is not None:
+            codes, scale = gather(codes), gather(scale)
+        return gradients.gathered_gradient(codes, scale, self._x_scale)
 
     def dgrad(self) -> Tensor:
         """See `Backward.dgrad`."""

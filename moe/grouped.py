@@ -51,7 +51,7 @@ class QSparseGroupedMLP(QSparseSequentialMLP):
         offsets = _offsets(tokens_per_expert, tokens.x.device)
         hidden = _grouped_linear(tokens, ups, offsets, self._stacks[0])
         gains = torch.stack([layer.sub_norm_weight for layer in downs]) if downs[0].format.sub_norm else None
-        front = downs[0].front(activation_name(self.config))
+        front = downs[0].front(activation_name(self.config)) if downs[0].tp_group.size() == 1 else None
         if front is not None and front.activation is not None:
             front = replace(front, fused=GroupedFused(front.fused, offsets))
             return _grouped_linear(ExpertInput(hidden), downs, offsets, self._stacks[1], front, gains)

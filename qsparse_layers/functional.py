@@ -23,12 +23,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import Backward, Expanded, Sharded
+from kernels.dispatch import Backward, Expanded, Fused
 from qsparse_layers.collectives import gather_rows, group_size, reduce_scatter, start_gather, start_reduce_scatter
 from qsparse_layers.config import kept_count
 from qsparse_layers.linear_call import Codes, Front, LinearCall, Operand, Sharding
 from qsparse_layers.selection import topk_mask
-from qsparse_layers.sharded import sharded_codes
+from qsparse_layers.sharded import fused_for
 
 
 def qsparse_linear(
@@ -155,8 +155,10 @@ def prepare_input(x: Tensor, call: LinearCall) -> tuple[Operand, Tensor | None]:
     """Quantized and sparsified input, and the factor that the input gradient keeps (L2 rescale) or None."""
     if is_one_pass(call):
         return Operand(*call.kernels.sparsify(x, *_kept_of_block(x.shape[-1], call))), None
-    if (sharded := _sharded_kernels(x, call)) is not None:
-        return Operand(*_sharded_codes(x, call, sharded)), None
+    if (fused := _sharded(x, call)) is not None:
+        kept, block = _kept_of_block(_row_features(x.shape[-1], call), call)
+        codes, scale, _ = fused.sparsify(x, kept, block, activation=None, gain=None, eps=0.0)
+        return Operand(codes, scale), None
     operand = Operand(x)
     if call.format.activations == "int8":
         gamma = x.abs().amax(-1, keepdim=True)
@@ -189,26 +191,22 @@ def prepare_fused(
     x: Tensor, gain: Tensor | None, call: LinearCall, front: Front, *, num_features: int
 ) -> tuple[Operand, Tensor | None]:
     """Input after `front`, quantized and sparsified, and 1/rms of the norm or None."""
-    kept, block = _kept_of_block(num_features, call)
+    kept, block = _kept_of_block(_row_features(num_features, call), call)
     codes, scale, rstd = front.fused.sparsify(x, kept, block, activation=front.activation, gain=gain, eps=front.eps)
     return Operand(codes, scale), rstd
 
 
-def _sharded_kernels(x: Tensor, call: LinearCall) -> Sharded | None:
+def _sharded(x: Tensor, call: LinearCall) -> Fused | None:
     """Kernels for int8 codes of a row that several ranks hold, if there are any."""
-    sharded, layout = call.kernels.sharded, call.format
-    block = layout.block_size if layout.pattern == "block" else None
-    if sharded is None or layout.activations != "int8" or call.quantization < 1.0 or not sharded.takes(x, block):
-        return None
-    return sharded
-
-
-def _sharded_codes(x: Tensor, call: LinearCall, kernels: Sharded) -> tuple[Tensor, Tensor]:
     group = call.sharding.features
-    assert group is not None
-    across_ranks = call.format.topk_scope == "global"
-    kept, block = _kept_of_block(x.shape[-1] * (group.size() if across_ranks else 1), call)
-    return sharded_codes(x, kernels, group, kept=kept, block=block, across_ranks=across_ranks)
+    if group_size(group) == 1 or call.format.activations != "int8" or call.quantization < 1.0:
+        return None
+    return fused_for(call.kernels, call.format, x.dtype, x.shape[-1], group)
+
+
+def _row_features(features: int, call: LinearCall) -> int:
+    """Features that K is taken from, of which this rank has `features`."""
+    return features * (group_size(call.sharding.features) if call.format.topk_scope == "global" else 1)
 
 
 def is_one_pass(call: LinearCall) -> bool:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.dispatch import Fused, ShardedNorm
+from kernels.dispatch import Fused
 from qsparse_layers.collectives import group_size
 
 
@@ -35,8 +35,13 @@ class RMSNorm(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden_size] -> the same shape and type."""
         if self.fused is not None and x.dtype == torch.bfloat16:
-            return _FusedRMSNorm.apply(x, self.weight, self.eps, self.fused)
+            return fused_rms_norm(x, self.weight, self.eps, self.fused)
         return rms_norm(x, self.weight, x.shape[-1], self.eps)
+
+
+def fused_rms_norm(x: Tensor, gain: Tensor, eps: float, fused: Fused) -> Tensor:
+    """[..., F] bf16 -> the same, in one pass; over ranks with a `sharded.ShardedFused`."""
+    return _FusedRMSNorm.apply(x, gain, eps, fused)
 
 
 class _FusedRMSNorm(torch.autograd.Function):
@@ -68,41 +73,7 @@ def rms_norm(x: Tensor, gain: Tensor, num_features: int, eps: float, group: dist
     squares = wide.square().sum(-1, keepdim=True)
     if group_size(group) > 1:
         squares = _SumOverRanks.apply(squares, group)
-    return (wide * torch.rsqrt(squares / num_features + eps) * gain).to(x.dtype)
-
-
-def sharded_rms_norm(
-    x: Tensor, gain: Tensor, num_features: int, eps: float, group: dist.ProcessGroup, kernels: ShardedNorm
-) -> Tensor:
-    """`rms_norm` over ranks by `kernels`, for an x that they take."""
-    return _ShardedRMSNorm.apply(x, gain, num_features, eps, group, kernels)
-
-
-class _ShardedRMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        gain: Tensor,
-        num_features: int,
-        eps: float,
-        group: dist.ProcessGroup,
-        kernels: ShardedNorm,
-    ) -> Tensor:
-        squares = kernels.sum_squares(x)
-        dist.all_reduce(squares, group=group)
-        y, rstd = kernels.normalize(x, squares, gain, num_features, eps)
-        ctx.save_for_backward(x, gain, rstd)
-        ctx.num_features, ctx.group, ctx.kernels = num_features, group, kernels
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
-        x, gain, rstd = ctx.saved_tensors
-        dots = ctx.kernels.gradient_dots(grads[0], x, gain, rstd)
-        dist.all_reduce(dots, group=ctx.group)
-        dx, dgain = ctx.kernels.gradients(grads[0], x, gain, rstd, dots, ctx.num_features)
-        return dx, dgain, None, None, None, None
+    return (wide * gain * torch.rsqrt(squares / num_features + eps)).to(x.dtype)
 
 
 class _SumOverRanks(torch.autograd.Function):

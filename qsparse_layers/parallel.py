@@ -18,12 +18,13 @@ from megatron.core.tensor_parallel.layers import (
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from kernels.dispatch import Activation, Expander, Kernels
+from kernels.dispatch import Activation, Expander, Fused, Kernels
 from qsparse_layers.config import LinearFormat
 from qsparse_layers.functional import qsparse_linear
 from qsparse_layers.linear_call import Front, LinearCall, Sharding, TernaryCache, WeightParts
-from qsparse_layers.norm import rms_norm, sharded_rms_norm
+from qsparse_layers.norm import fused_rms_norm, rms_norm
 from qsparse_layers.schedules import Schedule
+from qsparse_layers.sharded import fused_for
 from qsparse_layers.stats import ZeroCounts
 
 
@@ -100,8 +101,8 @@ class QSparseRowParallelLinear(QSparseLinearMixin, RowParallelLinear):
     """Y = X W^T with X and W sharded over input features: scale and top-K are those of the whole row.
 
     With `sub_norm` the input passes an RMSNorm over all features first (BitNet's SubLN); its gain is sharded as the
-    features are.  Where a row is whole and the kernels can, the norm is computed together with the quantization, and so
-    is the activation function of a feed-forward block (`mlp.QSparseMLP`).
+    features are.  Where the kernels can, the norm is computed together with the quantization, and so is the activation
+    function of a feed-forward block (`mlp.QSparseMLP`).
     """
 
     _front: Front | None = None
@@ -137,21 +138,24 @@ class QSparseRowParallelLinear(QSparseLinearMixin, RowParallelLinear):
         return self.sequence_parallel and not (self.explicit_expert_comm or self._is_megatrons)
 
     def _sub_norm(self, x: Tensor) -> Tensor:
-        kernels, eps = self.kernels.sharded_norm, self.config.layernorm_epsilon
-        if kernels is not None and self.tp_group.size() > 1 and kernels.takes(x):
-            return sharded_rms_norm(x, self.sub_norm_weight, self.input_size, eps, self.tp_group, kernels)
+        eps = self.config.layernorm_epsilon
+        if x.dtype == torch.bfloat16 and (fused := self._fused) is not None:
+            return fused_rms_norm(x, self.sub_norm_weight, eps, fused)
         return rms_norm(x, self.sub_norm_weight, self.input_size, eps, self.tp_group)
 
     def front(self, activation: Activation | None) -> Front | None:
         """What this layer can now compute on its input together with the quantization; None: nothing."""
-        fused = self.kernels.fused
-        if fused is None or self.weight.dtype != torch.bfloat16 or self.tp_group.size() > 1:
+        if self.weight.dtype != torch.bfloat16 or self.format.activations != "int8" or self.schedule.quantization < 1.0:
             return None
-        if self.format.activations != "int8" or self.schedule.quantization < 1.0:
-            return None
-        if activation is None and not self.format.sub_norm:
+        if (activation is None and not self.format.sub_norm) or (fused := self._fused) is None:
             return None
         return Front(fused, activation, self.config.layernorm_epsilon)
+
+    @property
+    def _fused(self) -> Fused | None:
+        """One-pass kernels for this layer's rows; None: there are none."""
+        features = self.input_size_per_partition
+        return fused_for(self.kernels, self.format, self.weight.dtype, features, self.tp_group)
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._is_megatrons:

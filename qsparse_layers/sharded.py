@@ -1,34 +1,94 @@
-"""int8 codes of a row whose features are spread over ranks, with kernels instead of `selection`'s counting in PyTorch.
+"""What stands in front of a row-parallel layer, for rows whose features are spread over ranks.
 
-Two collectives per row-parallel layer: the maximum of max|x| (4 bytes per token), and for a top-K over whole rows the
-counts of magnitudes of every rank (256 bytes per token and rank, `kernels.sharded`).  Block patterns and K per shard
-need no counts.  The result is that of `selection.topk_mask`, bit for bit.
+`ShardedFused` has the operations of `kernels.dispatch.Fused` with the collectives inside, so that a layer is written
+once for rows that it holds alone and for rows that it shares.  Forward, a collective of 8 bytes per token and rank
+(mean square and largest magnitude), and for a top-K over whole rows two more with counts of magnitudes (32 and 16
+bytes, `kernels.sharded`); block patterns and K per shard need no counts.  Backward, one of 4 bytes, if there is a norm.
+
+Without a norm the result is that of `selection.topk_mask`, bit for bit.
 """
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.dispatch import Sharded
-from qsparse_layers.collectives import gather_rows
+from kernels.dispatch import Activation, Fused, Kernels, Sharded
+from qsparse_layers.collectives import gather_rows, group_size
+from qsparse_layers.config import LinearFormat
 
 
-def sharded_codes(
-    x: Tensor, kernels: Sharded, group: dist.ProcessGroup, *, kept: int | None, block: int | None, across_ranks: bool
-) -> tuple[Tensor, Tensor]:
-    """Codes [..., D / ranks] int8 and scales [..., 1] of the whole rows.
+class ShardedFused:
+    """`kernels.dispatch.Fused` for the features [..., F] of this rank.
 
     Args:
-        x: [..., D / ranks], this rank's features.
-        kernels: what to compute with.
-        group: ranks that share the row, in feature order.
-        kept: K, features kept of the whole row, of this rank's, or of each block; None keeps all.
-        block: M, features per block; None: the row.
-        across_ranks: K is one of the whole row.
+        fused: for what needs no other rank.
+        sharded: the passes between the collectives.
+        group: ranks that share the rows, in feature order, F features each.
+        across_ranks: K is one of the whole row, not of this rank's features.
     """
-    gamma = kernels.row_absmax(x)
-    dist.all_reduce(gamma, op=dist.ReduceOp.MAX, group=group)
-    if kept is None or block is not None or not across_ranks:
-        return kernels.local_codes(x, gamma, kept, block)
-    codes, scale, counts = kernels.count_codes(x, gamma)
-    everyone = gather_rows(counts, group).view(group.size(), *counts.shape)
-    return kernels.keep_largest(codes, everyone, kept, group.rank()), scale
+
+    def __init__(self, fused: Fused, sharded: Sharded, group: dist.ProcessGroup, *, across_ranks: bool) -> None:
+        self._fused, self._sharded, self._group, self._across_ranks = fused, sharded, group, across_ranks
+        self.activate = fused.activate
+
+    def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See `Fused.rms_norm`."""
+        return self._sharded.normalize(
+            x, self._of_all(self._sharded.row_sums(x, activation=None, gain=gain)), gain, eps
+        )
+
+    def sparsify(
+        self,
+        x: Tensor,
+        kept: int | None,
+        block: int | None,
+        *,
+        activation: Activation | None,
+        gain: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `Fused.sparsify`; no activation and no gain is fine."""
+        sums = self._of_all(self._sharded.row_sums(x, activation=activation, gain=gain))
+        if kept is None or block is not None or not self._across_ranks:
+            return self._sharded.local_codes(x, sums, kept, block, activation=activation, gain=gain, eps=eps)
+        (codes, scale, rstd), counts = self._sharded.count_codes(x, sums, activation=activation, gain=gain, eps=eps)
+        coarse = self._of_all(counts)
+        fine = self._of_all(self._sharded.count_nearest(codes, coarse, kept))
+        return self._sharded.keep_largest(codes, coarse, fine, kept, self._group.rank()), scale, rstd
+
+    def backward(
+        self, grad: Tensor, x: Tensor, *, activation: Activation | None, gain: Tensor | None, rstd: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Fused.backward`."""
+        if gain is None or rstd is None:
+            return self._fused.backward(grad, x, activation=activation, gain=gain, rstd=rstd)
+        dots = self._sharded.gradient_dots(grad, x, gain, rstd, activation=activation)
+        dist.all_reduce(dots, group=self._group)
+        num_features = gain.numel() * self._group.size()
+        return self._sharded.gradients(grad, x, gain, rstd, dots, num_features, activation=activation)
+
+    def _of_all(self, rows: Tensor) -> Tensor:
+        """[T, N] of each rank -> [ranks, T, N]."""
+        return gather_rows(rows, self._group).view(self._group.size(), *rows.shape)
+
+
+def fused_for(
+    kernels: Kernels, layout: LinearFormat, dtype: torch.dtype, features: int, group: dist.ProcessGroup | None
+) -> Fused | None:
+    """What computes the codes of rows of which this rank has `features`; None: there are no kernels for it.
+
+    Args:
+        kernels: of the layer.
+        layout: the layer's format.
+        dtype: of the rows.
+        features: of this rank.
+        group: ranks that share the rows; None: this one has them alone.
+    """
+    fused, sharded = kernels.fused, kernels.sharded
+    if fused is None or group_size(group) == 1:
+        return fused
+    assert group is not None
+    block = layout.block_size if layout.pattern == "block" else None
+    if sharded is None or not sharded.takes(dtype, features, block):
+        return None
+    return ShardedFused(fused, sharded, group, across_ranks=layout.topk_scope == "global")

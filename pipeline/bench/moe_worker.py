@@ -66,9 +66,9 @@ def main(job: Job, output: Path) -> None:
     from pipeline.world import parallel_world
 
     shape, size = SHAPES[job.layer], int(os.environ["WORLD_SIZE"])
-    stream = side_stream()  # a graph is recorded on the stream that autograd has seen
     config = moe_variants.configuration(shape, job.variants[0], job.device, size)
-    with parallel_world(config) as world, torch.cuda.stream(stream):
+    with parallel_world(config) as world, torch.cuda.stream(stream := side_stream()):  # on this rank's GPU
+        # A graph is recorded on the stream that autograd has seen.
         layers, absent = _layers(moe_variants.build, shape, job, size)
         wrong, rows = [], []
         if job.rounds:

@@ -9,7 +9,7 @@ CATEGORIES = (
     ("attention", r"attention|attn|flash|fmha|sdpa|mha|rope|rotary"),
     (
         "sparsify, quantize",
-        r"sparsif|quantiz|ternar|codes|row_sums|part_sums|transpose_|gradient_scale|round_gradient|_fused_kernel",
+        r"sparsif|quantiz|ternar|codes|row_sums|part_sums|transpose_|round_gradient|_fused_kernel",
     ),
     ("norm, activation", r"norm|silu|swiglu|geglu|relu|_activation_kernel|dgain|dgamma"),
     ("GEMM", r"gemm|^_grouped_kernel$|nvjet|cutlass|xmma|wgmma|splitk|::mm$|::addmm$|::bmm$|mkldnn_linear|_hopper_"),

@@ -22,14 +22,14 @@ _ROTARY = 12
 """Per token and feature of q, k and v: rotation or copy out of the fused product, its backward, concatenation."""
 _ROUTED = 30
 """Per copy of a token and feature: permute, sort, weight and sum, and back."""
-_SHARDED_CODES = 7
-"""Codes of a row that several ranks share: its maximum, codes and counts, mask (`kernels.sharded`)."""
+_SHARDED_CODES = 1 + 2
+"""Codes of a row that several ranks share: written, and masked in place (`kernels.sharded`)."""
 _UNQUANTIZED_SELECTION = 10
 """Top-K without codes (`kernels.topk_float`): a read and a write, and counting that memory waits for."""
-_SHARDED_NORM = 6, 10
-"""SubLN of a row that several ranks share (`kernels.sharded_norm`): forward, backward."""
-_UNFUSED_NORM = 16, 24
-"""SubLN without quantization, plain operators in float32."""
+_SHARDED_COUNTS = 256 * 3
+"""Per token of such a row: how many codes have each magnitude, written by this rank and read of two."""
+_NORM = 4, 6
+"""SubLN without quantization."""
 
 
 class Costs(defaultdict[str, float]):
@@ -137,19 +137,21 @@ class _LayerTime:
     def _front(self, linear: Linear, t: float, shards: int, branches: int = 0) -> None:
         """What stands in front of a product: activation of `branches` inputs (0: none), SubLN, codes, top-K."""
         form, has_norm = linear.format, linear.format.sub_norm
-        plain = back = codes = 0
-        if linear.is_int8 and shards == 1:  # one pass each
-            codes = 2 * max(1, branches) + 1
-            back = 4 * max(1, branches) + 2 if has_norm or branches else 0
+        plain = back = codes = 0.0
+        reads = 2 * max(1, branches)
+        if linear.is_int8:  # one pass each; the norm or the scale of a shared row takes a second one
+            codes = reads + 1 if shards == 1 else 2 * reads + _SHARDED_CODES
+            back = 2 * reads + 2 if has_norm or branches else 0
+            back += (reads + 2) * (shards > 1 and has_norm)
+            if shards > 1 and form.sparsity and form.pattern == "topk":
+                codes += _SHARDED_COUNTS * shards / linear.inputs
         else:
             if branches:
                 plain, back = 2 * branches + 2, 4 * branches + 2
             if has_norm:
-                norm = _SHARDED_NORM if shards > 1 else _UNFUSED_NORM
-                plain, back = plain + norm[0], back + norm[1]
-            if linear.is_int8:
-                codes = _SHARDED_CODES
-            elif form.sparsity:
+                again = 2 * (shards > 1), 4 * (shards > 1)
+                plain, back = plain + _NORM[0] + again[0], back + _NORM[1] + again[1]
+            if form.sparsity:
                 codes = _UNQUANTIZED_SELECTION
         seconds = t * linear.inputs / shards / self._rates.bandwidth
         self._forward["norm, activation, other"] += plain * seconds

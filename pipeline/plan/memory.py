@@ -137,17 +137,16 @@ def _row_input(linear: Linear, tokens: float, shards: int, *, produced: int, nor
         tokens: rows on this rank.
         shards: ranks that share a row.
         produced: bytes per feature of the input, if nobody else keeps it and this layer does not quantize.
-        norm_kernel: the norm of a row on several ranks has a kernel.
+        norm_kernel: a norm without quantization, or of a row on several ranks, has a kernel.
     """
     features = linear.inputs / shards
     norm = 0.0
     if linear.format.sub_norm:
-        if linear.is_int8 and shards == 1:  # in one pass with the quantization
-            norm = 4
-        elif shards > 1 and norm_kernel:
-            norm = produced * features + 4
-        else:  # torch keeps the norm's input and its result without the gain, both in float32
+        if not norm_kernel and (shards > 1 or not linear.is_int8):
+            # torch keeps the norm's input and its result without the reciprocal root, both in float32
             norm = 8 * features + 4
+        else:  # its input, if no codes are made of it in the same pass
+            norm = 4 + (0 if linear.is_int8 else produced * features)
         produced = BF16
     scale = 4 if linear.is_int8 else 0
     return tokens * (

@@ -164,7 +164,7 @@ def test_kernels_fall_into_categories():
         "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "communication",
         "_sparsify_kernel": "sparsify, quantize",
         "_fused_kernel": "sparsify, quantize",
-        "_quantize_gradient_kernel": "sparsify, quantize",
+        "_round_gradient_kernel": "sparsify, quantize",
         "_transpose_codes_kernel": "sparsify, quantize",
         "_rms_norm_kernel": "norm, activation",
         "void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>": OTHER,

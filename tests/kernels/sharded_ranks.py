@@ -2,18 +2,21 @@
 
 import itertools
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from kernels.dispatch import ReferenceKernels
-from kernels.triton_kernels import ShardedNormKernels, TritonKernels
+from kernels.triton_kernels import TritonKernels
 from qsparse_layers.collectives import gather_rows
 from qsparse_layers.config import LinearFormat
-from qsparse_layers.functional import prepare_input
-from qsparse_layers.linear_call import LinearCall, Sharding, WeightParts
-from qsparse_layers.norm import rms_norm, sharded_rms_norm
+from qsparse_layers.functional import prepare_input, qsparse_linear
+from qsparse_layers.linear_call import Front, LinearCall, Sharding, WeightParts
+from qsparse_layers.norm import fused_rms_norm, rms_norm
+from qsparse_layers.sharded import fused_for
 from tests.kernels.test_sparsify import rows
 
 FORMATS = {
@@ -73,12 +76,45 @@ def norm_error() -> float:
     assert group is not None
     shards = [rows("normal", 6, 64, "cpu").chunk(group.size(), dim=-1)[group.rank()] for _ in range(2)]
     gain = torch.linspace(0.5, 1.5, 64).bfloat16().chunk(group.size())[group.rank()]
+    fused = fused_for(TritonKernels(), LinearFormat(), torch.bfloat16, 32, group)
+    assert fused is not None
     results = []
-    for norm in (rms_norm, partial(sharded_rms_norm, kernels=ShardedNormKernels())):
+    for is_fast in (True, False):
         x, weight = (t.clone().requires_grad_() for t in (shards[0], gain))
-        y = norm(x, weight, 64, 1e-5, group=group)
+        y = fused_rms_norm(x, weight, 1e-5, fused) if is_fast else rms_norm(x, weight, 64, 1e-5, group=group)
         results.append([y, *torch.autograd.grad(y, (x, weight), shards[1])])
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*results, strict=True))
+
+
+def front_error() -> float:
+    """As `norm_error`, of gated feed-forward layers that share their rows, against one that has them alone."""
+    group = dist.group.WORLD
+    assert group is not None
+    layout = LinearFormat(weights="ternary", activations="int8", sparsity=0.5, sub_norm=True)
+    size, rank, parts = group.size(), group.rank(), WeightParts(1, (16,))
+    gate, up, grad = rows("normal", 5, 64, "cpu"), rows("heavy", 5, 64, "cpu"), rows("normal", 5, 16, "cpu")
+    gain, weight = torch.linspace(0.5, 1.5, 64).bfloat16(), rows("normal", 16, 64, "cpu")
+
+    def run(of_rank: Callable[[Tensor], Tensor], shared: dist.ProcessGroup | None) -> list[Tensor]:
+        kernels = TritonKernels()
+        fused = fused_for(kernels, layout, torch.bfloat16, of_rank(gain).numel(), shared)
+        assert fused is not None
+        leaves = [t.clone().requires_grad_() for t in (of_rank(gate), of_rank(up), of_rank(weight), of_rank(gain))]
+        call = LinearCall(layout, parts, Sharding(weight=shared, features=shared), layout.sparsity, kernels=kernels)
+        front = Front(fused, "relu2_glu", 1e-5)
+        y = qsparse_linear(torch.cat(leaves[:2], dim=-1), leaves[2], call, front, leaves[3])
+        grads = torch.autograd.grad(y, leaves, grad)
+        y = y.detach().float()
+        if shared is not None:
+            dist.all_reduce(y, group=shared)
+        return [y, *grads]
+
+    def mine(t: Tensor) -> Tensor:
+        return t.chunk(size, dim=-1)[rank]
+
+    whole = run(lambda t: t, None)
+    expected = [whole[0], *map(mine, whole[1:])]
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(run(mine, group), expected, strict=True))
 
 
 if __name__ == "__main__":
@@ -87,5 +123,7 @@ if __name__ == "__main__":
     wrong = differences() + gradient_differences()
     if (error := norm_error()) > 2**-6:  # bf16 results, which the interpreter cuts off
         wrong.append(f"norm: {error}")
+    if (error := front_error()) > 2**-6:
+        wrong.append(f"activation and norm: {error}")
     dist.destroy_process_group()
     sys.exit("; ".join(wrong) or 0)

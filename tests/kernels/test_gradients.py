@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import gradients
+from kernels import gradients, reference
 
 E4M3_ROUNDING = 2.0**-4
 """Half a unit in the last of e4m3's 4 significant bits, relative."""
@@ -57,6 +57,34 @@ def test_weight_gradient_from_8_bit_operands(device: str) -> None:
         assert (dw - exact).norm() / exact.norm() < (0.05 if device == "cuda" else 0.2)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("per_output", [False, True])
+def test_codes_and_scales_are_the_references(per_output: bool, dtype: torch.dtype, device: str) -> None:
+    for tokens, outputs in [(7, 100), (5, 3000), (1, 17000)] + ([(1000, 4096)] if device == "cuda" else []):
+        grad, _, _, weight_scale = sample(tokens, outputs, 16, device)
+        several = weight_scale if per_output else None
+        codes, scale = gradients.round_gradient(grad.to(dtype), several)
+        expected, expected_scale = reference.e4m3_gradient(grad.to(dtype), several)
+        torch.testing.assert_close(scale, expected_scale, rtol=1e-6, atol=0)
+        quotient = grad.float() * (weight_scale if per_output else 1.0) / expected_scale
+        farther = (codes.float() - quotient).abs() - (expected - quotient).abs()
+        if device == "cpu":  # the interpreter loses carries to the next power of two, and bits of subnormal codes
+            farther[(expected.frexp().mantissa.abs() == 0.5) | (expected.abs() < 2.0**-6)] = 0.0
+        # either code will do for a quotient halfway between them: the kernel multiplies by 1 / scale
+        assert (farther <= 1e-6 * quotient.abs()).all()
+
+
+@pytest.mark.parametrize("per_output", [False, True])
+def test_rounding_does_not_depend_on_the_launch(per_output: bool, device: str) -> None:
+    grad, _, _, weight_scale = sample(7, 600, 16, device)
+    several = weight_scale if per_output else None
+    expected = gradients.round_gradient(grad, several)
+    for lines, columns in [(64, 4), (32, 8), (128, 8), (64, 16)]:
+        launch = {"LINES": lines, "COLUMNS": columns, "num_warps": 2}
+        found = gradients.round_gradient(grad, several, launch=launch)
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(found, expected, strict=True)), launch
+
+
 @pytest.mark.parametrize("per_output", [False, True])
 def test_a_gradient_that_was_sent_is_the_one_rounded_in_place(per_output: bool, device: str) -> None:
     for tokens, outputs, _ in [*sizes(device), (0, 48, 16), (5, 5000, 16)]:
@@ -84,13 +112,16 @@ def test_dequantize(device: str) -> None:
         assert torch.equal(gradients.dequantize(codes, None), codes.bfloat16())
 
 
-def test_a_gradient_of_zeros_and_one_that_is_not_finite(device: str) -> None:
+@pytest.mark.parametrize("per_output", [False, True])
+def test_a_gradient_of_zeros_and_one_that_is_not_finite(per_output: bool, device: str) -> None:
     x_scale = torch.ones(4, 1, device=device)
-    zeros = gradients.quantize_gradient(torch.zeros(4, 32, dtype=torch.bfloat16, device=device), x_scale, None)
+    several = torch.ones(32, device=device) if per_output else None
+    zeros = gradients.quantize_gradient(torch.zeros(4, 32, dtype=torch.bfloat16, device=device), x_scale, several)
     assert zeros.codes_TO.float().count_nonzero() == 0 and zeros.scale_T1.isfinite().all()
     grad = torch.ones(4, 32, dtype=torch.bfloat16, device=device)
     grad[2, 5] = torch.nan
-    bad = gradients.quantize_gradient(grad, x_scale, None)
+    bad = gradients.quantize_gradient(grad, x_scale, several)
+    assert not bad.common.isfinite()
     assert not (bad.codes_TO.float() * bad.scale_T1)[2].isfinite().all()
     assert (bad.codes_TO.float() * bad.scale_T1)[0].isfinite().all()
 

@@ -24,6 +24,8 @@ CASES = {
     "qsparse bitnet": case({"sparsity": 0.5, **BITNET}),
     "quantized without SubLN": case({"sparsity": 0.5, **BITNET, "sub_norm": False}),
     "sparse, not quantized": case({"sparsity": 0.5}),
+    "SubLN, not quantized": case({"sparsity": 0.5, "sub_norm": True}),
+    "SubLN, not quantized, tp": case({"sparsity": 0.5, "sub_norm": True}, tp=2),
     "dense, tp": case({}, tp=2),
     "dense, tp and sequence": case({}, tp=2, sequence_parallel=True),
     "qsparse bitnet, tp": case({"sparsity": 0.5, **BITNET}, tp=2),

@@ -11,6 +11,7 @@ import os
 import sys
 import weakref
 from pathlib import Path
+from typing import Any
 
 from pipeline.cpu_backend import install
 
@@ -66,30 +67,45 @@ class PlainFused:
         return *ReferenceKernels().sparsify(x, kept, block), rstd
 
 
-class PlainShardedNorm:
-    """Forward passes of `kernels.dispatch.ShardedNorm` likewise."""
+class PlainSharded:
+    """Forward passes of `kernels.dispatch.Sharded` likewise, of this rank's features as if they were the row."""
 
-    def takes(self, x: Tensor) -> bool:
-        """See `ShardedNorm.takes`."""
-        return x.dtype == torch.bfloat16
+    def takes(self, dtype: torch.dtype, features: int, block: int | None) -> bool:
+        """See `Sharded.takes`."""
+        return dtype == torch.bfloat16
 
-    def sum_squares(self, x: Tensor) -> Tensor:
-        """See `ShardedNorm.sum_squares`."""
-        return x.float().square().sum(-1, keepdim=True)
+    def row_sums(self, x: Tensor, **front: Any) -> Tensor:
+        """See `Sharded.row_sums`."""
+        return torch.zeros(x[..., 0].numel(), 2)
 
-    def normalize(
-        self, x: Tensor, squares: Tensor, gain: Tensor, num_features: int, eps: float
-    ) -> tuple[Tensor, Tensor]:
-        """See `ShardedNorm.normalize`."""
-        rstd = torch.rsqrt(squares / num_features + eps)
-        return (x * rstd * gain).to(x.dtype), rstd
+    def normalize(self, x: Tensor, sums: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """See `Sharded.normalize`."""
+        return PlainFused().rms_norm(x, gain, eps)
+
+    def local_codes(
+        self, x: Tensor, sums: Tensor, kept: int | None, block: int | None, **front: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """See `Sharded.local_codes`."""
+        return PlainFused().sparsify(x, kept, block, **front)
+
+    def count_codes(self, x: Tensor, sums: Tensor, **front: Any) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
+        """See `Sharded.count_codes`."""
+        return PlainFused().sparsify(x, None, None, **front), torch.zeros(sums.shape[1], 16, dtype=torch.int16)
+
+    def count_nearest(self, codes: Tensor, coarse: Tensor, kept: int) -> Tensor:
+        """See `Sharded.count_nearest`."""
+        return coarse[0, :, :8].contiguous()
+
+    def keep_largest(self, codes: Tensor, coarse: Tensor, fine: Tensor, kept: int, rank: int) -> Tensor:
+        """See `Sharded.keep_largest`."""
+        return codes
 
 
 class Kernels(ReferenceKernels):
     """The reference with one-pass forms, so that layers take the autograd functions of a GPU."""
 
     fused = PlainFused()  # type: ignore[assignment]
-    sharded_norm = PlainShardedNorm()  # type: ignore[assignment]
+    sharded = PlainSharded()  # type: ignore[assignment]
 
 
 def use(model: Model, kernels: Kernels, *, recompute: bool) -> None:
