@@ -175,5 +175,5 @@ def _product_rates(linear: Linear, rates: Rates, *, is_routed: bool) -> tuple[fl
 def _operand_bytes(linear: Linear, inputs: float, outputs: float, weights: float) -> float:
     """Moved to make the operands of the backward products: 8-bit and transposed, or bf16 from codes."""
     if linear.format.gradients == "e4m3":
-        return 6 * outputs + 2 * inputs + 2 * weights
+        return 5 * outputs + 2 * inputs + 2 * weights
     return 3 * inputs * linear.is_int8 + 3 * weights * linear.is_ternary

@@ -19,8 +19,8 @@ from pipeline.plan.model_costs import FeedForward, Layer, Layers, Linear
 from pipeline.plan.rates import Rates
 
 ROW_ALIGNMENT = 16
-COUNTS_BYTES = 256
-"""Per token and rank: how many codes have each magnitude (`kernels.sharded`)."""
+_SUMS_BYTES, _COUNTS_BYTES, _DOTS_BYTES = 8, (32, 16), 4
+"""Per token and rank of a row that ranks share (`qsparse_layers.sharded`)."""
 _AMOUNTS = ("sent", "in_bf16", "with_2bit", "seconds")
 
 
@@ -146,13 +146,13 @@ def _rows(linear: Linear, layout: Layout, network: Network) -> list[Traffic]:
     if layout.sequence_parallel:
         rounded = layout.tokens * (linear.outputs + 4) if linear.format.gradients == "e4m3" else outputs
         found.append(_tp("tensor: gathers of gradients", (rounded, outputs), layout, network))
-    per_token = 4.0 * linear.is_int8 + 8.0 * linear.format.sub_norm
     form = linear.format
-    if form.sparsity and form.pattern == "topk" and form.topk_scope == "global":
-        per_token += COUNTS_BYTES * layout.tp / 2
-    if per_token:
-        rows = 2 * layout.tokens * per_token
-        found.append(_tp("tensor: scales, top-K counts", (rows, rows), layout, network, forward=1))
+    counted = linear.is_int8 and form.sparsity and form.pattern == "topk" and form.topk_scope == "global"
+    gathered = [_SUMS_BYTES] * (linear.is_int8 or form.sub_norm) + [*_COUNTS_BYTES] * bool(counted)
+    sizes = [(float(layout.tokens * size * layout.tp), 1.0) for size in gathered]
+    sizes += [(2.0 * layout.tokens * _DOTS_BYTES, 0.0)] * form.sub_norm  # summed in the backward pass
+    for size, forward in sizes:
+        found.append(_tp("tensor: scales, top-K counts", (size, size), layout, network, forward=forward))
     return found
 
 
