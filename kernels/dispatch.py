@@ -15,7 +15,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +60,16 @@ class Expander(Protocol):
         """From int8 codes [O,D] and scales [O] or [1]."""
 
 
+class Before(NamedTuple):
+    """What is computed on a row before its codes: an activation function, an RMSNorm, both in this order, none."""
+
+    activation: Activation | None = None
+    gain: Tensor | None = None
+    """[F] of the norm, bf16 or float32; None: no norm."""
+    eps: float = 0.0
+    """Added to the mean square."""
+
+
 class Fused(Protocol):
     """What stands in front of a linear layer, in one pass; bf16 only."""
 
@@ -70,20 +80,11 @@ class Fused(Protocol):
         """The activation function alone."""
 
     def sparsify(
-        self,
-        x: Tensor,
-        kept: int | None,
-        block: int | None,
-        *,
-        activation: Activation | None,
-        gain: Tensor | None,
-        eps: float,
+        self, x: Tensor, kept: int | None, block: int | None, before: Before
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Activation function and RMSNorm, then as `Kernels.sparsify`; codes, scales, and 1/rms."""
+        """What comes before, then as `Kernels.sparsify`; codes, scales, and 1/rms."""
 
-    def backward(
-        self, grad: Tensor, x: Tensor, *, activation: Activation | None, gain: Tensor | None, rstd: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def backward(self, grad: Tensor, x: Tensor, before: Before, rstd: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Gradients of x and gain from the gradient behind the norm (or behind the activation)."""
 
 
@@ -93,27 +94,19 @@ class Sharded(Protocol):
     def takes(self, dtype: torch.dtype, features: int, block: int | None) -> bool:
         """Whether there are kernels for the codes of rows of which this rank has `features`."""
 
-    def row_sums(self, x: Tensor, *, activation: Activation | None, gain: Tensor | None) -> Tensor:
+    def row_sums(self, x: Tensor, before: Before) -> Tensor:
         """What the others have to know of this rank's features first, float32 [T, 2]."""
 
-    def normalize(self, x: Tensor, sums: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def normalize(self, x: Tensor, sums: Tensor, before: Before) -> tuple[Tensor, Tensor]:
         """`Fused.rms_norm` given the sums of all ranks, [ranks, T, 2]."""
 
     def local_codes(
-        self,
-        x: Tensor,
-        sums: Tensor,
-        kept: int | None,
-        block: int | None,
-        *,
-        activation: Activation | None,
-        gain: Tensor | None,
-        eps: float,
+        self, x: Tensor, sums: Tensor, kept: int | None, block: int | None, before: Before
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """`Fused.sparsify` under the scale of the whole row, K and M being of this rank's features."""
 
     def count_codes(
-        self, x: Tensor, sums: Tensor, *, activation: Activation | None, gain: Tensor | None, eps: float
+        self, x: Tensor, sums: Tensor, before: Before
     ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
         """(All codes, scales, 1/rms), and counts of magnitudes [T, 16]."""
 
@@ -123,21 +116,11 @@ class Sharded(Protocol):
     def keep_largest(self, codes: Tensor, coarse: Tensor, fine: Tensor, kept: int, rank: int) -> Tensor:
         """Mask the codes in place, given both counts of all ranks [ranks, T, 16] and [ranks, T, 8]."""
 
-    def gradient_dots(
-        self, grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, *, activation: Activation | None
-    ) -> Tensor:
+    def gradient_dots(self, grad: Tensor, x: Tensor, before: Before, rstd: Tensor) -> Tensor:
         """What the gradient of the norm sums over the features of the row, float32 [..., 1]."""
 
     def gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        gain: Tensor,
-        rstd: Tensor,
-        dots: Tensor,
-        num_features: int,
-        *,
-        activation: Activation | None,
+        self, grad: Tensor, x: Tensor, before: Before, rstd: Tensor, dots: Tensor, num_features: int
     ) -> tuple[Tensor, Tensor]:
         """Gradients of x and gain, given the sum over ranks."""
 

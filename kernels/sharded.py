@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Activation
+from kernels.dispatch import Before
 from kernels.fused import MAX_FEATURES, Sparsified, check_gain, check_input, fused_options
 from kernels.launch import check_dtype, check_rows, next_power_of_2
 from kernels.sharded_triton import (
@@ -42,40 +42,35 @@ COARSE, FINE = 16, 8
 """Counts of magnitudes: by their upper four bits, and by the lower three."""
 
 
-def row_sums(x: Tensor, *, activation: Activation | None = None, gain: Tensor | None = None) -> Tensor:
+def row_sums(x: Tensor, before: Before) -> Tensor:
     """Sum of squares (0 without a gain) and largest magnitude of this rank's features, float32 [T, 2].
 
     Args:
         x: rows contiguous; [..., 2 F] = [gate | up] with a gated activation, else [..., F]; bf16, and fp16 or fp32
-            where neither activation nor gain is given.
-        activation: what precedes the norm; None: nothing.
-        gain: [F] of the RMSNorm, bf16 or float32; None: no norm.
+            where there is neither activation nor norm.
+        before: the activation and the norm.
 
     Raises:
         ValueError: dtype or shape that the kernel does not take.
     """
-    rows, features = _check_front(x, activation, gain)
+    rows, features = _check(x, before)
     sums = torch.empty((rows.shape[0], 2), dtype=torch.float32, device=x.device)
     if x.numel():
         quarter, lines, columns = quarters(features, None)
         sums_kernel[(rows.shape[0],)](
-            rows, rows if gain is None else gain, sums, rows.stride(0), features, quarter, ROWS=lines, COLUMNS=columns,
-            ACTIVATION=activation or "", NORM=gain is not None, **_options(lines * columns, activation, gain),
+            rows, rows if before.gain is None else before.gain, sums, rows.stride(0), features, quarter,
+            ROWS=lines, COLUMNS=columns, **_forms(before), **_options(lines * columns, before),
         )  # fmt: skip
     return sums
 
 
-def count_codes(
-    x: Tensor, sums: Tensor, *, activation: Activation | None = None, gain: Tensor | None = None, eps: float = 0.0
-) -> tuple[Sparsified, Tensor]:
+def count_codes(x: Tensor, sums: Tensor, before: Before) -> tuple[Sparsified, Tensor]:
     """Codes of this rank's features, and how many have each of the upper four bits of a magnitude.
 
     Args:
         x: as for `row_sums`.
         sums: [R, T, 2] float32, those of all ranks.
-        activation: as for `row_sums`.
-        gain: as for `row_sums`.
-        eps: added to the mean square.
+        before: as for `row_sums`.
 
     Returns:
         codes, scale and 1/rms as `fused.sparsify` returns them, and int16 [T, 16] how many magnitudes are 0 to 7, 8 to
@@ -84,13 +79,13 @@ def count_codes(
     Raises:
         ValueError: dtype or shape that the kernel does not take.
     """
-    found, rows, given = _results(x, sums, activation, gain, eps)
+    found, rows, given = _results(x, sums, before)
     counts = torch.empty((rows.shape[0], COARSE), dtype=torch.int16, device=x.device)
     if x.numel():
         quarter, lines, columns = quarters(found.codes.shape[-1], None)
         count_kernel[(rows.shape[0],)](
             **given, counts_ptr=counts.view(torch.int32), quarter=quarter, ROWS=lines, COLUMNS=columns,
-            **_options(lines * columns, activation, gain),
+            **_options(lines * columns, before),
         )  # fmt: skip
     return found, counts
 
@@ -141,16 +136,7 @@ def keep_largest(codes: Tensor, coarse: Tensor, fine: Tensor, kept: int, rank: i
     return codes
 
 
-def local_codes(
-    x: Tensor,
-    sums: Tensor,
-    kept: int | None,
-    block: int | None,
-    *,
-    activation: Activation | None = None,
-    gain: Tensor | None = None,
-    eps: float = 0.0,
-) -> Sparsified:
+def local_codes(x: Tensor, sums: Tensor, kept: int | None, block: int | None, before: Before) -> Sparsified:
     """`fused.sparsify` of this rank's features under the norm and the scale of the whole row.
 
     Args:
@@ -158,14 +144,12 @@ def local_codes(
         sums: [R, T, 2] float32, those of all ranks.
         kept: K of this rank's features, or of each block; None keeps all.
         block: M, features per block; None: all of this rank's.
-        activation: as for `row_sums`.
-        gain: as for `row_sums`.
-        eps: added to the mean square.
+        before: as for `row_sums`.
 
     Raises:
         ValueError: dtype, shape, K or M that the kernel does not take.
     """
-    found, rows, given = _results(x, sums, activation, gain, eps)
+    found, rows, given = _results(x, sums, before)
     features = found.codes.shape[-1]
     check_kept(kept, block, features)
     if x.numel():
@@ -173,19 +157,18 @@ def local_codes(
         local_kernel[(rows.shape[0],)](
             **given, quarter=quarter, kept=kept or 0, ROWS=lines, COLUMNS=columns,
             BLOCK=block if block and kept is not None else 0, SPARSE=kept is not None and kept < (block or features),
-            **_options(lines * columns, activation, gain),
+            **_options(lines * columns, before),
         )  # fmt: skip
     return found
 
 
-def normalize(x: Tensor, sums: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def normalize(x: Tensor, sums: Tensor, before: Before) -> tuple[Tensor, Tensor]:
     """Normalized rows and 1/rms, of layers that do not quantize them.
 
     Args:
         x: [..., F] bf16, rows contiguous.
         sums: [R, T, 2] float32, `row_sums` of all ranks.
-        gain: [F] bf16 or float32.
-        eps: added to the mean square.
+        before: the norm, without an activation.
 
     Returns:
         y [..., F] bf16 and 1/rms [..., 1] float32.
@@ -193,41 +176,44 @@ def normalize(x: Tensor, sums: Tensor, gain: Tensor, eps: float) -> tuple[Tensor
     Raises:
         ValueError: type or shape that the kernel does not take.
     """
-    rows, features = _check_front(x, None, gain)
+    rows, features = _check(x, before)
     _check_sums(sums, rows.shape[0])
     y, rstd = torch.empty(x.shape, dtype=x.dtype, device=x.device), sums.new_empty((*x.shape[:-1], 1))
     if x.numel():
         block = next_power_of_2(features)
         normalize_kernel[(rows.shape[0],)](
-            rows, sums, gain, y, rstd, rows.stride(0), rows.shape[0], len(sums), len(sums) * features, eps, features,
-            BLOCK=block, RANKS=next_power_of_2(len(sums)), num_warps=max(1, min(16, block // 512)),
+            rows, sums, before.gain, y, rstd, rows.stride(0), rows.shape[0], len(sums), len(sums) * features,
+            before.eps, features, BLOCK=block, RANKS=next_power_of_2(len(sums)),
+            num_warps=max(1, min(16, block // 512)),
         )  # fmt: skip
     return y, rstd
 
 
-def _results(
-    x: Tensor, sums: Tensor, activation: Activation | None, gain: Tensor | None, eps: float
-) -> tuple[Sparsified, Tensor, dict[str, Any]]:
+def _results(x: Tensor, sums: Tensor, before: Before) -> tuple[Sparsified, Tensor, dict[str, Any]]:
     """Empty results, `x` as rows, and the arguments that kernels with codes share."""
-    rows, features = _check_front(x, activation, gain)
+    rows, features = _check(x, before)
     _check_sums(sums, rows.shape[0])
     codes = torch.empty((*x.shape[:-1], features), dtype=torch.int8, device=x.device)
     scale = sums.new_empty((*x.shape[:-1], 1))
-    rstd = None if gain is None else torch.empty_like(scale)
+    rstd = None if before.gain is None else torch.empty_like(scale)
     given = {
-        **{"x_ptr": rows, "gain_ptr": rows if gain is None else gain, "sums_ptr": sums, "codes_ptr": codes},
+        **{"x_ptr": rows, "gain_ptr": rows if rstd is None else before.gain, "sums_ptr": sums, "codes_ptr": codes},
         **{"scale_ptr": scale, "rstd_ptr": scale if rstd is None else rstd, "row_stride": rows.stride(0)},
-        **{"num_rows": rows.shape[0], "ranks": len(sums), "total": len(sums) * features, "eps": eps},
-        **{"features": features, "RANKS": next_power_of_2(len(sums)), "ACTIVATION": activation or ""},
-        **{"NORM": gain is not None, "FACTOR": x.dtype == torch.bfloat16},
+        **{"num_rows": rows.shape[0], "ranks": len(sums), "total": len(sums) * features, "eps": before.eps},
+        **{"features": features, "RANKS": next_power_of_2(len(sums)), "FACTOR": x.dtype == torch.bfloat16},
+        **_forms(before),
     }
     return Sparsified(codes, scale, rstd), rows, given
 
 
-def _options(words: int, activation: Activation | None, gain: Tensor | None) -> dict[str, int]:
-    if activation is None and gain is None:
+def _forms(before: Before) -> dict[str, Any]:
+    return {"ACTIVATION": before.activation or "", "NORM": before.gain is not None}
+
+
+def _options(words: int, before: Before) -> dict[str, int]:
+    if before.activation is None and before.gain is None:
         return launch_options(LAUNCHES, words)
-    return fused_options(words, activation, norm=gain is not None)
+    return fused_options(words, before.activation, norm=before.gain is not None)
 
 
 def _tiles(features: int, ranks: int) -> dict[str, int]:
@@ -258,12 +244,12 @@ def _check_sums(sums: Tensor, tokens: int) -> None:
         raise ValueError(f"sums has shape {tuple(sums.shape)}, the kernel takes {wanted}, contiguous")
 
 
-def _check_front(x: Tensor, activation: Activation | None, gain: Tensor | None) -> tuple[Tensor, int]:
+def _check(x: Tensor, before: Before) -> tuple[Tensor, int]:
     """`x` as rows without a copy, and F."""
-    if activation is None and gain is None:
+    if before.activation is None and before.gain is None:
         rows = check_rows(x, "x", MAX_FEATURES)
         return rows, rows.shape[1]
-    rows, features = check_input(x, activation)
-    if gain is not None:
-        check_gain(gain, features)
+    rows, features = check_input(x, before.activation)
+    if before.gain is not None:
+        check_gain(before.gain, features)
     return rows, features

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dispatch import Activation
+from kernels.dispatch import Before
 from kernels.fused import check_gain
 from kernels.fused_backward import (
     check_gradient,
@@ -70,49 +70,39 @@ def _gradients_kernel(
     store_pieces(partial_row, features, column0, column1, column2, column3, dgain0, dgain1, dgain2, dgain3)
 
 
-def gradient_dots(
-    grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, *, activation: Activation | None = None
-) -> Tensor:
+def gradient_dots(grad: Tensor, x: Tensor, before: Before, rstd: Tensor) -> Tensor:
     """sum(dx gain n) of each row, float32 [..., 1]; arguments as for `gradients`."""
-    rows, grad_rows = _check(grad, x, gain, rstd, activation)
+    rows, grad_rows, gain = _check(grad, x, before, rstd)
     dots = torch.empty_like(rstd)
     if x.numel():
         block = next_power_of_2(grad.shape[-1])
         _dots_kernel[(rows.shape[0],)](
             grad_rows, rows, gain, rstd, dots, grad_rows.stride(0), rows.stride(0), grad.shape[-1],
-            BLOCK=block, ACTIVATION=activation or "", num_warps=max(1, min(16, block // 512)),
+            BLOCK=block, ACTIVATION=before.activation or "", num_warps=max(1, min(16, block // 512)),
         )  # fmt: skip
     return dots
 
 
 def gradients(
-    grad: Tensor,
-    x: Tensor,
-    gain: Tensor,
-    rstd: Tensor,
-    dots: Tensor,
-    num_features: int,
-    *,
-    activation: Activation | None = None,
+    grad: Tensor, x: Tensor, before: Before, rstd: Tensor, dots: Tensor, num_features: int
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the input and of the gain.
 
     Args:
         grad: [..., F] bf16, gradient with respect to the dequantized input of the linear layer.
         x: input of the forward pass, bf16: [..., 2 F] = [gate | up] with a gated activation, else [..., F].
-        gain: [F] bf16 or float32.
+        before: activation and norm, as in the forward pass.
         rstd: [..., 1] float32 from the forward pass.
         dots: [..., 1] float32, `gradient_dots` summed over ranks.
         num_features: R F, of the whole row.
-        activation: as in the forward pass.
 
     Returns:
-        dx in the shape of `x`, contiguous, and dgain [F] in the type of `gain`.
+        dx in the shape of `x`, contiguous, and dgain [F] in the gain's type.
 
     Raises:
         ValueError: type or shape that the kernel does not take.
     """
-    rows, grad_rows = _check(grad, x, gain, rstd, activation)
+    rows, grad_rows, gain = _check(grad, x, before, rstd)
     features = grad.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.numel() == 0:
@@ -122,14 +112,17 @@ def gradients(
     partial = torch.empty((programs, features), dtype=torch.float32, device=x.device)
     _gradients_kernel[(programs,)](
         grad_rows, rows, gain, rstd, dots, dx, partial, rows.shape[0], grad_rows.stride(0), rows.stride(0), features,
-        num_features, BLOCK=row_piece(features), ACTIVATION=activation or "",
+        num_features, BLOCK=row_piece(features), ACTIVATION=before.activation or "",
         num_warps=launch.num_warps, maxnreg=None if INTERPRETED else launch.registers,
     )  # fmt: skip
     return dx, partial.sum(0).to(gain.dtype)
 
 
-def _check(grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, activation: Activation | None) -> tuple[Tensor, Tensor]:
-    rows, grad_rows = check_gradient(grad, x, activation)
-    check_gain(gain, grad_rows.shape[1])
+def _check(grad: Tensor, x: Tensor, before: Before, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`x` and `grad` as rows without a copy, and the gain."""
+    rows, grad_rows = check_gradient(grad, x, before.activation)
+    if before.gain is None:
+        raise ValueError("before has no gain: without a norm the gradient needs nothing of other ranks")
+    check_gain(before.gain, grad_rows.shape[1])
     check_rstd(rstd, x)
-    return rows, grad_rows
+    return rows, grad_rows, before.gain

@@ -9,6 +9,7 @@ from kernels.activation import activate
 from kernels.dispatch import (
     Activation,
     Backward,
+    Before,
     Expanded,
     Expander,
     Fused,
@@ -95,23 +96,15 @@ class FusedKernels:
         return activate(_rows(x), activation)
 
     def sparsify(
-        self,
-        x: Tensor,
-        kept: int | None,
-        block: int | None,
-        *,
-        activation: Activation | None,
-        gain: Tensor | None,
-        eps: float,
+        self, x: Tensor, kept: int | None, block: int | None, before: Before
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `Fused.sparsify`."""
-        return fused.sparsify(_rows(x), kept, block, activation=activation, gain=gain, eps=eps)
+        return fused.sparsify(_rows(x), kept, block, **before._asdict())
 
-    def backward(
-        self, grad: Tensor, x: Tensor, *, activation: Activation | None, gain: Tensor | None, rstd: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def backward(self, grad: Tensor, x: Tensor, before: Before, rstd: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `Fused.backward`."""
-        return fused_backward.backward(_rows(grad), _rows(x), activation=activation, gain=gain, rstd=rstd)
+        rows = _rows(grad), _rows(x)
+        return fused_backward.backward(*rows, activation=before.activation, gain=before.gain, rstd=rstd)
 
 
 class ShardedKernels:
@@ -122,33 +115,25 @@ class ShardedKernels:
         fits = dtype != torch.float64 and features <= fused.MAX_FEATURES
         return fits and (block is None or (1 < block <= MAX_BLOCK and features % block == 0))
 
-    def row_sums(self, x: Tensor, *, activation: Activation | None, gain: Tensor | None) -> Tensor:
+    def row_sums(self, x: Tensor, before: Before) -> Tensor:
         """See `Sharded.row_sums`."""
-        return sharded.row_sums(_rows(x), activation=activation, gain=gain)
+        return sharded.row_sums(_rows(x), before)
 
-    def normalize(self, x: Tensor, sums: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def normalize(self, x: Tensor, sums: Tensor, before: Before) -> tuple[Tensor, Tensor]:
         """See `Sharded.normalize`."""
-        return sharded.normalize(_rows(x), sums, gain, eps)
+        return sharded.normalize(_rows(x), sums, before)
 
     def local_codes(
-        self,
-        x: Tensor,
-        sums: Tensor,
-        kept: int | None,
-        block: int | None,
-        *,
-        activation: Activation | None,
-        gain: Tensor | None,
-        eps: float,
+        self, x: Tensor, sums: Tensor, kept: int | None, block: int | None, before: Before
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `Sharded.local_codes`."""
-        return sharded.local_codes(_rows(x), sums, kept, block, activation=activation, gain=gain, eps=eps)
+        return sharded.local_codes(_rows(x), sums, kept, block, before)
 
     def count_codes(
-        self, x: Tensor, sums: Tensor, *, activation: Activation | None, gain: Tensor | None, eps: float
+        self, x: Tensor, sums: Tensor, before: Before
     ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
         """See `Sharded.count_codes`."""
-        return sharded.count_codes(_rows(x), sums, activation=activation, gain=gain, eps=eps)
+        return sharded.count_codes(_rows(x), sums, before)
 
     def count_nearest(self, codes: Tensor, coarse: Tensor, kept: int) -> Tensor:
         """See `Sharded.count_nearest`."""
@@ -158,26 +143,15 @@ class ShardedKernels:
         """See `Sharded.keep_largest`."""
         return sharded.keep_largest(codes, coarse, fine, kept, rank)
 
-    def gradient_dots(
-        self, grad: Tensor, x: Tensor, gain: Tensor, rstd: Tensor, *, activation: Activation | None
-    ) -> Tensor:
+    def gradient_dots(self, grad: Tensor, x: Tensor, before: Before, rstd: Tensor) -> Tensor:
         """See `Sharded.gradient_dots`."""
-        return sharded_backward.gradient_dots(_rows(grad), _rows(x), gain, rstd, activation=activation)
+        return sharded_backward.gradient_dots(_rows(grad), _rows(x), before, rstd)
 
     def gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        gain: Tensor,
-        rstd: Tensor,
-        dots: Tensor,
-        num_features: int,
-        *,
-        activation: Activation | None,
+        self, grad: Tensor, x: Tensor, before: Before, rstd: Tensor, dots: Tensor, num_features: int
     ) -> tuple[Tensor, Tensor]:
         """See `Sharded.gradients`."""
-        rows = _rows(grad), _rows(x)
-        return sharded_backward.gradients(*rows, gain, rstd, dots, num_features, activation=activation)
+        return sharded_backward.gradients(_rows(grad), _rows(x), before, rstd, dots, num_features)
 
 
 class WeightExpander:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Activation, Fused
+from kernels.dispatch import Before, Fused
 
 
 class GroupedFused:
@@ -26,30 +26,22 @@ class GroupedFused:
         self.rms_norm, self.activate = fused.rms_norm, fused.activate
 
     def sparsify(
-        self,
-        x: Tensor,
-        kept: int | None,
-        block: int | None,
-        *,
-        activation: Activation | None,
-        gain: Tensor | None,
-        eps: float,
+        self, x: Tensor, kept: int | None, block: int | None, before: Before
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `Fused.sparsify`."""
-        if gain is None:
-            return self._fused.sparsify(x, kept, block, activation=activation, gain=None, eps=eps)
+        if before.gain is None:
+            return self._fused.sparsify(x, kept, block, before)
         grouped: Any = importlib.import_module("kernels.grouped_fused")
-        given = {"offsets": self._offsets, "activation": activation, "gain_EF": gain, "eps": eps}
+        given = {"offsets": self._offsets, "activation": before.activation, "gain_EF": before.gain, "eps": before.eps}
         return grouped.sparsify(x, kept, block, **given)
 
-    def backward(
-        self, grad: Tensor, x: Tensor, *, activation: Activation | None, gain: Tensor | None, rstd: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def backward(self, grad: Tensor, x: Tensor, before: Before, rstd: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `Fused.backward`."""
-        if gain is None:
-            return self._fused.backward(grad, x, activation=activation, gain=None, rstd=None)
+        if before.gain is None:
+            return self._fused.backward(grad, x, before, None)
         grouped: Any = importlib.import_module("kernels.grouped_fused")
-        return grouped.backward(grad, x, offsets=self._offsets, activation=activation, gain_EF=gain, rstd=rstd)
+        given = {"offsets": self._offsets, "activation": before.activation, "gain_EF": before.gain, "rstd": rstd}
+        return grouped.backward(grad, x, **given)
 
 
 def weigh(output: Tensor, probs: Tensor, fused: Fused | None) -> Tensor:

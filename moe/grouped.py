@@ -190,7 +190,7 @@ class _GroupedLinear(torch.autograd.Function):
         dgains = None
         if work.front is not None:
             x, gains, rstd = before
-            dx, dgains = work.front.fused.backward(dx, x, activation=work.front.activation, gain=gains, rstd=rstd)
+            dx, dgains = work.front.fused.backward(dx, x, work.front.before(gains), rstd)
         if dws is None:
             return dx, dgains, None, None, *map(_place_holder, ctx.weights)
         return dx, dgains, None, None, *(dw.to(weight.dtype) for dw, weight in zip(dws, ctx.weights, strict=True))

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kernels import reference
-from kernels.dispatch import Backward, Expanded, Fused
+from kernels.dispatch import Backward, Before, Expanded, Fused
 from qsparse_layers.collectives import gather_rows, group_size, reduce_scatter, start_gather, start_reduce_scatter
 from qsparse_layers.config import kept_count
 from qsparse_layers.linear_call import Codes, Front, LinearCall, Operand, Sharding
@@ -116,7 +116,7 @@ class _QSparseLinear(torch.autograd.Function):
         if ctx.front is None:
             return dx, dw, None, None, None, None
         x, gain, rstd = before
-        dx, dgain = ctx.front.fused.backward(dx, x, activation=ctx.front.activation, gain=gain, rstd=rstd)
+        dx, dgain = ctx.front.fused.backward(dx, x, ctx.front.before(gain), rstd)
         return dx, dw, dgain, None, None, None
 
 
@@ -157,7 +157,7 @@ def prepare_input(x: Tensor, call: LinearCall) -> tuple[Operand, Tensor | None]:
         return Operand(*call.kernels.sparsify(x, *_kept_of_block(x.shape[-1], call))), None
     if (fused := _sharded(x, call)) is not None:
         kept, block = _kept_of_block(_row_features(x.shape[-1], call), call)
-        codes, scale, _ = fused.sparsify(x, kept, block, activation=None, gain=None, eps=0.0)
+        codes, scale, _ = fused.sparsify(x, kept, block, Before())
         return Operand(codes, scale), None
     operand = Operand(x)
     if call.format.activations == "int8":
@@ -192,7 +192,7 @@ def prepare_fused(
 ) -> tuple[Operand, Tensor | None]:
     """Input after `front`, quantized and sparsified, and 1/rms of the norm or None."""
     kept, block = _kept_of_block(_row_features(num_features, call), call)
-    codes, scale, rstd = front.fused.sparsify(x, kept, block, activation=front.activation, gain=gain, eps=front.eps)
+    codes, scale, rstd = front.fused.sparsify(x, kept, block, front.before(gain))
     return Operand(codes, scale), rstd
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.dispatch import Activation, Expanded, Expander, Fused, Kernels, ReferenceKernels
+from kernels.dispatch import Activation, Before, Expanded, Expander, Fused, Kernels, ReferenceKernels
 from qsparse_layers.config import LinearFormat
 from qsparse_layers.stats import ZeroCounts
 
@@ -62,6 +62,10 @@ class Front:
     activation: Activation | None
     eps: float
     """Of the norm, which there is if a gain is given."""
+
+    def before(self, gain: Tensor | None) -> Before:
+        """The same with the norm's gain."""
+        return Before(self.activation, gain, self.eps)
 
 
 @dataclass(frozen=True)

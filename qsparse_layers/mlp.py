@@ -14,7 +14,7 @@ from megatron.core.transformer.mlp import MLP
 from torch import Tensor
 from torch.nn import Module
 
-from kernels.dispatch import Activation, Fused
+from kernels.dispatch import Activation, Before, Fused
 from qsparse_layers.parallel import QSparseRowParallelLinear
 from qsparse_layers.recompute import recomputed
 
@@ -78,7 +78,7 @@ class _Activate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (x,) = ctx.saved_tensors
-        return ctx.fused.backward(grads[0], x, activation=ctx.activation, gain=None, rstd=None)[0], None, None
+        return ctx.fused.backward(grads[0], x, Before(ctx.activation), None)[0], None, None
 
 
 def fuse_activations(model: Module, *, recompute: bool = False) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.dispatch import Fused
+from kernels.dispatch import Before, Fused
 from qsparse_layers.collectives import group_size
 
 
@@ -55,7 +55,7 @@ class _FusedRMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, gain, rstd = ctx.saved_tensors
-        dx, dgain = ctx.fused.backward(grads[0], x, activation=None, gain=gain, rstd=rstd)
+        dx, dgain = ctx.fused.backward(grads[0], x, Before(gain=gain), rstd)
         return dx, dgain, None, None
 
 

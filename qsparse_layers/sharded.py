@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.dispatch import Activation, Fused, Kernels, Sharded
+from kernels.dispatch import Before, Fused, Kernels, Sharded
 from qsparse_layers.collectives import gather_rows, group_size
 from qsparse_layers.config import LinearFormat
 
@@ -33,39 +33,28 @@ class ShardedFused:
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See `Fused.rms_norm`."""
-        return self._sharded.normalize(
-            x, self._of_all(self._sharded.row_sums(x, activation=None, gain=gain)), gain, eps
-        )
+        norm = Before(None, gain, eps)
+        return self._sharded.normalize(x, self._of_all(self._sharded.row_sums(x, norm)), norm)
 
     def sparsify(
-        self,
-        x: Tensor,
-        kept: int | None,
-        block: int | None,
-        *,
-        activation: Activation | None,
-        gain: Tensor | None,
-        eps: float,
+        self, x: Tensor, kept: int | None, block: int | None, before: Before
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """See `Fused.sparsify`; no activation and no gain is fine."""
-        sums = self._of_all(self._sharded.row_sums(x, activation=activation, gain=gain))
+        """See `Fused.sparsify`; nothing before is fine."""
+        sums = self._of_all(self._sharded.row_sums(x, before))
         if kept is None or block is not None or not self._across_ranks:
-            return self._sharded.local_codes(x, sums, kept, block, activation=activation, gain=gain, eps=eps)
-        (codes, scale, rstd), counts = self._sharded.count_codes(x, sums, activation=activation, gain=gain, eps=eps)
+            return self._sharded.local_codes(x, sums, kept, block, before)
+        (codes, scale, rstd), counts = self._sharded.count_codes(x, sums, before)
         coarse = self._of_all(counts)
         fine = self._of_all(self._sharded.count_nearest(codes, coarse, kept))
         return self._sharded.keep_largest(codes, coarse, fine, kept, self._group.rank()), scale, rstd
 
-    def backward(
-        self, grad: Tensor, x: Tensor, *, activation: Activation | None, gain: Tensor | None, rstd: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def backward(self, grad: Tensor, x: Tensor, before: Before, rstd: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `Fused.backward`."""
-        if gain is None or rstd is None:
-            return self._fused.backward(grad, x, activation=activation, gain=gain, rstd=rstd)
-        dots = self._sharded.gradient_dots(grad, x, gain, rstd, activation=activation)
+        if before.gain is None or rstd is None:
+            return self._fused.backward(grad, x, before, rstd)
+        dots = self._sharded.gradient_dots(grad, x, before, rstd)
         dist.all_reduce(dots, group=self._group)
-        num_features = gain.numel() * self._group.size()
-        return self._sharded.gradients(grad, x, gain, rstd, dots, num_features, activation=activation)
+        return self._sharded.gradients(grad, x, before, rstd, dots, before.gain.numel() * self._group.size())
 
     def _of_all(self, rows: Tensor) -> Tensor:
         """[T, N] of each rank -> [ranks, T, N]."""

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from kernels import fused, reference, sharded, sharded_backward
-from kernels.dispatch import Activation
+from kernels.dispatch import Activation, Before
 from kernels.fused import Sparsified
 from tests.kernels.test_sparsify import expected, rows
 from tests.testing import torchrun
@@ -26,15 +26,22 @@ def by_shards(
 ) -> Sparsified:
     """What the ranks do, one after the other; codes of the whole row."""
     gains = [None] * len(shards) if gain is None else list(gain.chunk(len(shards)))
-    given = [{"activation": activation, "gain": part} for part in gains]
-    sums = torch.stack([sharded.row_sums(x, **keys) for x, keys in zip(shards, given, strict=True)])
-    parts = [sharded.count_codes(x, sums, **keys, eps=EPS) for x, keys in zip(shards, given, strict=True)]
+    before = [Before(activation, part, EPS) for part in gains]
+    sums = torch.stack([sharded.row_sums(*part) for part in zip(shards, before, strict=True)])
+    parts = [sharded.count_codes(x, sums, front) for x, front in zip(shards, before, strict=True)]
     coarse = torch.stack([count for _, count in parts])
     fine = torch.stack([sharded.count_nearest(part.codes, coarse, kept) for part, _ in parts])
     codes = [sharded.keep_largest(part.codes, coarse, fine, kept, rank) for rank, (part, _) in enumerate(parts)]
     for part, _ in parts[1:]:  # all ranks find the same
         assert torch.equal(part.scale, parts[0][0].scale)
     return Sparsified(torch.cat(codes, dim=-1), parts[0][0].scale, parts[0][0].rstd)
+
+
+def normalized(x: Tensor, gain: Tensor, ranks: int) -> Tensor:
+    """The whole row, as its ranks normalize it."""
+    parts = [(part, Before(gain=g, eps=EPS)) for part, g in zip(x.chunk(ranks, -1), gain.chunk(ranks), strict=True)]
+    sums = torch.stack([sharded.row_sums(*part) for part in parts])
+    return torch.cat([sharded.normalize(part, sums, before)[0] for part, before in parts], dim=-1)
 
 
 @pytest.mark.parametrize(
@@ -76,9 +83,7 @@ def test_the_largest_magnitude_is_that_of_the_normalized_row(device: str) -> Non
     x = rows("heavy", 64 if device == "cuda" else 6, 512, device)
     gain = (1 + 0.5 * torch.randn(512, generator=torch.Generator().manual_seed(3))).to(device)
     found = by_shards(split(x, 2), 512, None, gain)
-    sums = torch.stack([sharded.row_sums(part, gain=g) for part, g in zip(x.chunk(2, -1), gain.chunk(2), strict=True)])
-    parts = zip(x.chunk(2, dim=-1), gain.chunk(2), strict=True)
-    y = torch.cat([sharded.normalize(part, sums, g, EPS)[0] for part, g in parts], dim=-1)
+    y = normalized(x, gain, 2)
     want_codes, want_scale = expected(y, None, None)
     assert torch.equal(found.scale, want_scale)
     assert torch.equal(found.codes, want_codes)
@@ -89,13 +94,13 @@ def test_the_largest_magnitude_is_that_of_the_normalized_row(device: str) -> Non
 def test_local_patterns_under_the_scale_of_the_whole_row(kept: int | None, block: int | None, device: str) -> None:
     x = rows("heavy", 3, 192, device)
     scale = reference.row_scale(x.abs().amax(-1, keepdim=True).float())
-    sums = torch.stack([sharded.row_sums(shard) for shard in x.chunk(2, dim=-1)])
+    sums = torch.stack([sharded.row_sums(shard, Before()) for shard in x.chunk(2, dim=-1)])
     for shard in x.chunk(2, dim=-1):
         want = reference.absmax_codes(shard, scale)
         if kept is not None:
             mask = reference.topk_mask(want, kept) if block is None else reference.block_mask(want, kept, block)
             want = reference.apply_mask(want, mask)
-        codes, found_scale, _ = sharded.local_codes(shard, sums, kept, block)
+        codes, found_scale, _ = sharded.local_codes(shard, sums, kept, block, Before())
         assert torch.equal(found_scale, scale)
         assert torch.equal(codes, want)
 
@@ -125,9 +130,10 @@ def gradients_by_shards(
 ) -> list[Tensor]:
     """What the ranks do, one after the other; dx and dgain of the whole row."""
     features = grad.shape[-1]
-    parts = list(zip(grad.chunk(ranks, dim=-1), split(x, ranks, activation), gain.chunk(ranks), strict=True))
-    dots = torch.stack([sharded_backward.gradient_dots(*part, rstd, activation=activation) for part in parts]).sum(0)
-    found = [sharded_backward.gradients(*part, rstd, dots, features, activation=activation) for part in parts]
+    before = [Before(activation, part, EPS) for part in gain.chunk(ranks)]
+    parts = list(zip(grad.chunk(ranks, dim=-1), split(x, ranks, activation), before, strict=True))
+    dots = torch.stack([sharded_backward.gradient_dots(*part, rstd) for part in parts]).sum(0)
+    found = [sharded_backward.gradients(*part, rstd, dots, features) for part in parts]
     halves = [dx.chunk(x.shape[-1] // features, dim=-1) for dx, _ in found]
     dx = torch.cat([torch.cat(half, dim=-1) for half in zip(*halves, strict=True)], dim=-1)
     return [dx, torch.cat([dgain for _, dgain in found])]
@@ -149,11 +155,7 @@ def test_values_and_gradients(
     assert rstd is not None
     found = gradients_by_shards(x, gain, grad, rstd, ranks, activation)
     if activation is None:
-        sums = torch.stack(
-            [sharded.row_sums(part, gain=g) for part, g in zip(x.chunk(ranks, -1), gain.chunk(ranks), strict=True)]
-        )
-        shards = zip(x.chunk(ranks, dim=-1), gain.chunk(ranks), strict=True)
-        found.append(torch.cat([sharded.normalize(part, sums, g, EPS)[0] for part, g in shards], dim=-1))
+        found.append(normalized(x, gain, ranks))
         want.append(y)
     for mine, theirs in zip(found, want, strict=True):
         assert ((mine.double() - theirs).abs() <= ULP * theirs.abs() + 4e-3 * theirs.abs().max()).all()
@@ -161,22 +163,24 @@ def test_values_and_gradients(
 
 def test_what_the_kernels_refuse(device: str) -> None:
     x = rows("normal", 2, 64, device)
-    sums = sharded.row_sums(x)[None]
-    found, coarse = sharded.count_codes(x, sums)
+    sums = sharded.row_sums(x, Before())[None]
+    found, coarse = sharded.count_codes(x, sums, Before())
     with pytest.raises(ValueError, match=r"sums has shape \(1, 1, 2\), the kernel takes \[ranks, 2, 2\]"):
-        sharded.count_codes(x, sums[:, :1])
+        sharded.count_codes(x, sums[:, :1], Before())
     with pytest.raises(ValueError, match=r"coarse has shape \(1, 1, 16\), the kernel takes \[ranks, 2, 16\]"):
         sharded.count_nearest(found.codes, coarse[None, :1], 3)
     with pytest.raises(ValueError, match=r"fine has shape \(1, 2, 16\), the kernel takes \[ranks, 2, 8\]"):
         sharded.keep_largest(found.codes, coarse[None], coarse[None], 3, 0)
     with pytest.raises(ValueError, match="block=5"):
-        sharded.local_codes(x, sums, 2, 5)
+        sharded.local_codes(x, sums, 2, 5, Before())
     with pytest.raises(ValueError, match=r"x is torch\.float32, the kernel takes"):
-        sharded.row_sums(x.float(), gain=x[0])
+        sharded.row_sums(x.float(), Before(gain=x[0]))
     with pytest.raises(ValueError, match=r"gain has shape \(7,\)"):
-        sharded.normalize(x, sums, x[0, :7], EPS)
+        sharded.normalize(x, sums, Before(gain=x[0, :7]))
     with pytest.raises(ValueError, match=r"grad has shape \(2, 60\), an x of \(2, 64\) takes \[..., 64\]"):
-        sharded_backward.gradient_dots(x[:, :60], x, x[0], sums[0, :, :1])
+        sharded_backward.gradient_dots(x[:, :60], x, Before(gain=x[0]), sums[0, :, :1])
+    with pytest.raises(ValueError, match="before has no gain"):
+        sharded_backward.gradient_dots(x, x, Before("relu2"), sums[0, :, :1])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's interpreter runs where there is no GPU")

@@ -11,7 +11,6 @@ import os
 import sys
 import weakref
 from pathlib import Path
-from typing import Any
 
 from pipeline.cpu_backend import install
 
@@ -25,7 +24,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from kernels.dispatch import Activation, ReferenceKernels
+from kernels.dispatch import Activation, Before, ReferenceKernels
 from pipeline.config import Config
 from pipeline.engine import Engine
 from pipeline.model import Model, build_model
@@ -50,20 +49,13 @@ class PlainFused:
         return gate.relu().square() * up
 
     def sparsify(
-        self,
-        x: Tensor,
-        kept: int | None,
-        block: int | None,
-        *,
-        activation: Activation | None,
-        gain: Tensor | None,
-        eps: float,
+        self, x: Tensor, kept: int | None, block: int | None, before: Before
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `Fused.sparsify`."""
         rstd = None
-        x = self.activate(x, activation) if activation else x
-        if gain is not None:
-            x, rstd = self.rms_norm(x, gain, eps)
+        x = self.activate(x, before.activation) if before.activation else x
+        if before.gain is not None:
+            x, rstd = self.rms_norm(x, before.gain, before.eps)
         return *ReferenceKernels().sparsify(x, kept, block), rstd
 
 
@@ -74,23 +66,26 @@ class PlainSharded:
         """See `Sharded.takes`."""
         return dtype == torch.bfloat16
 
-    def row_sums(self, x: Tensor, **front: Any) -> Tensor:
+    def row_sums(self, x: Tensor, before: Before) -> Tensor:
         """See `Sharded.row_sums`."""
         return torch.zeros(x[..., 0].numel(), 2)
 
-    def normalize(self, x: Tensor, sums: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def normalize(self, x: Tensor, sums: Tensor, before: Before) -> tuple[Tensor, Tensor]:
         """See `Sharded.normalize`."""
-        return PlainFused().rms_norm(x, gain, eps)
+        assert before.gain is not None
+        return PlainFused().rms_norm(x, before.gain, before.eps)
 
     def local_codes(
-        self, x: Tensor, sums: Tensor, kept: int | None, block: int | None, **front: Any
+        self, x: Tensor, sums: Tensor, kept: int | None, block: int | None, before: Before
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See `Sharded.local_codes`."""
-        return PlainFused().sparsify(x, kept, block, **front)
+        return PlainFused().sparsify(x, kept, block, before)
 
-    def count_codes(self, x: Tensor, sums: Tensor, **front: Any) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
+    def count_codes(
+        self, x: Tensor, sums: Tensor, before: Before
+    ) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
         """See `Sharded.count_codes`."""
-        return PlainFused().sparsify(x, None, None, **front), torch.zeros(sums.shape[1], 16, dtype=torch.int16)
+        return PlainFused().sparsify(x, None, None, before), torch.zeros(sums.shape[1], 16, dtype=torch.int16)
 
     def count_nearest(self, codes: Tensor, coarse: Tensor, kept: int) -> Tensor:
         """See `Sharded.count_nearest`."""
