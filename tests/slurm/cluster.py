@@ -111,10 +111,16 @@ class Cluster:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
-    def stop(self) -> None:
+    def cancel_jobs(self) -> None:
+        """End what runs or waits."""
+        if not self.try_call("squeue", "--noheader").strip():
+            return
         self.try_call("scancel", f"--user={getpass.getuser()}")
         with suppress(AssertionError):
             wait_until(lambda: not self.try_call("squeue", "--noheader").strip(), 15)
+
+    def stop(self) -> None:
+        self.cancel_jobs()
         for file in sorted(self.base.glob("*.pid"), key=lambda file: "slurmd" not in file.name):
             with suppress(ValueError, psutil.NoSuchProcess, ProcessLookupError):
                 process = psutil.Process(int(file.read_text()))

@@ -47,6 +47,13 @@ def cluster() -> Iterator[Cluster]:
         shutil.rmtree(base, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True)
+def no_job_left(cluster: Cluster) -> Iterator[None]:
+    """The job of a test that failed does not keep the nodes from the next one."""
+    yield
+    cluster.cancel_jobs()
+
+
 class User:
     """Somebody in front of a login node: a folder with a recipe, a profile and runs."""
 
