@@ -3,10 +3,12 @@
 The passes between the collectives of a row-parallel layer (`qsparse_layers.sharded`).  With a the row or its
 activation, and x = (a gain) rstd or a itself:
 
-    row_sums        sum(a^2) and max|a gain| of this rank's features            -> every rank learns all ranks'
-    count_codes     codes of x, and how many have each of the upper four bits    -> every rank learns all counts
-    count_nearest   of those that share them with the K-th largest, the lower three  -> likewise
+    row_sums        sum(a^2) and max|a gain| of this rank's features
+    count_codes     codes of x, and how many of their magnitudes have each value of the upper four bits
+    count_nearest   of those with the upper bits of the K-th largest, how many have each value of the lower three
     keep_largest    the K largest codes of the whole row stay, in place
+
+What the first three find of their features, every rank learns of all ranks.
 
 The obvious way takes a collective more: the largest |x| of the row is known when x is, and x when the mean square is.
 But rounding is monotonic, so max|x| is max|a gain| times rstd, rounded alike: both travel together, 8 bytes per token
