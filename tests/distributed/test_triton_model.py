@@ -1,0 +1,18 @@
+"""Layers on Triton's kernels, whose rows two processes share: what one process computes, up to the rounding of bf16."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.testing import torchrun
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu compares two GPUs")
+def test_shared_rows_give_the_losses_and_gradients_of_one_process(tmp_path: Path) -> None:
+    torchrun("tests.distributed.triton_model", str(tmp_path / "distances.json"), nproc=2)
+    for activation, distances in json.loads((tmp_path / "distances.json").read_text()).items():
+        assert len(distances) == 7, distances  # losses, four weights, two SubLN gains
+        for name, distance in distances.items():
+            assert distance < (5e-3 if name == "losses" else 5e-2), (activation, name, distance)
