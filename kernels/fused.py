@@ -80,7 +80,7 @@ def activated(gate, up, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def input_quarter(
+def _input_quarter(
     row_ptr, index, quarter, features, part: tl.constexpr, mask, ACTIVATION: tl.constexpr
 ):  # fmt: skip
     """One quarter of a: the activation of a row's gate and up halves, or the row itself."""
@@ -94,10 +94,29 @@ def input_quarter(
 
 
 @triton.jit
-def normalized(a, rstd, gain_ptr, index, quarter, features, part: tl.constexpr, mask):
-    """One quarter of x; the gain comes first, so that max|x| is max|a gain| rstd, rounded (`sharded`)."""
-    gain = widened(load_quarter(gain_ptr, index, quarter, features, part, mask))
-    return nearest(widened(a) * gain * rstd)
+def input_row(row_ptr, index, quarter, features, mask, ACTIVATION: tl.constexpr):
+    """The four quarters of a."""
+    a0 = _input_quarter(row_ptr, index, quarter, features, 0, mask, ACTIVATION)
+    a1 = _input_quarter(row_ptr, index, quarter, features, 1, mask, ACTIVATION)
+    a2 = _input_quarter(row_ptr, index, quarter, features, 2, mask, ACTIVATION)
+    a3 = _input_quarter(row_ptr, index, quarter, features, 3, mask, ACTIVATION)
+    return a0, a1, a2, a3
+
+
+@triton.jit
+def gained(a, gain_ptr, index, quarter, features, part: tl.constexpr, mask):
+    """One quarter of a gain, float32."""
+    return widened(a) * widened(load_quarter(gain_ptr, index, quarter, features, part, mask))
+
+
+@triton.jit
+def normalized_row(a0, a1, a2, a3, rstd, gain_ptr, index, quarter, features, mask):
+    """The four quarters of x; the gain comes first, so that max|x| is max|a gain| rstd, rounded (`sharded`)."""
+    x0 = nearest(gained(a0, gain_ptr, index, quarter, features, 0, mask) * rstd)
+    x1 = nearest(gained(a1, gain_ptr, index, quarter, features, 1, mask) * rstd)
+    x2 = nearest(gained(a2, gain_ptr, index, quarter, features, 2, mask) * rstd)
+    x3 = nearest(gained(a3, gain_ptr, index, quarter, features, 3, mask) * rstd)
+    return x0, x1, x2, x3
 
 
 @triton.jit
@@ -115,17 +134,11 @@ def fuse_row(
 ):  # fmt: skip
     """One token: its input at `x_row`, its results in row `row`; tiles as in `sparsify._sparsify_kernel`."""
     index, mask = quarter_tile(quarter, ROWS, COLUMNS, BLOCK)
-    a0 = input_quarter(x_row, index, quarter, features, 0, mask, ACTIVATION)
-    a1 = input_quarter(x_row, index, quarter, features, 1, mask, ACTIVATION)
-    a2 = input_quarter(x_row, index, quarter, features, 2, mask, ACTIVATION)
-    a3 = input_quarter(x_row, index, quarter, features, 3, mask, ACTIVATION)
+    a0, a1, a2, a3 = input_row(x_row, index, quarter, features, mask, ACTIVATION)
     if NORM:
         rstd = tl.rsqrt(sum_of_squares(a0, a1, a2, a3) / features + eps)
         tl.store(rstd_ptr + row, rstd)
-        a0 = normalized(a0, rstd, gain_ptr, index, quarter, features, 0, mask)
-        a1 = normalized(a1, rstd, gain_ptr, index, quarter, features, 1, mask)
-        a2 = normalized(a2, rstd, gain_ptr, index, quarter, features, 2, mask)
-        a3 = normalized(a3, rstd, gain_ptr, index, quarter, features, 3, mask)
+        a0, a1, a2, a3 = normalized_row(a0, a1, a2, a3, rstd, gain_ptr, index, quarter, features, mask)
     store_codes(
         a0, a1, a2, a3, row_gamma(a0, a1, a2, a3), codes_ptr, scale_ptr, row, index, quarter, features, mask, kept,
         SPARSE, BLOCK, True,

@@ -116,7 +116,7 @@ def norm_sums(grad_row, x_row, gain_ptr, rstd, features, column, ACTIVATION: tl.
 
 
 @triton.jit
-def norm_piece(
+def _norm_piece(
     grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column, ACTIVATION: tl.constexpr
 ):  # fmt: skip
     """Write the input gradient of some columns of one row, given mean(dx gain n); returns their summands of dgain."""
@@ -144,10 +144,10 @@ def norm_row(
     dgain2 += sum2
     dgain3 += sum3
     mean = tl.sum((dot0 + dot1) + (dot2 + dot3), axis=0) / features
-    norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column0, ACTIVATION)
-    norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column1, ACTIVATION)
-    norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column2, ACTIVATION)
-    norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column3, ACTIVATION)
+    _norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column0, ACTIVATION)
+    _norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column1, ACTIVATION)
+    _norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column2, ACTIVATION)
+    _norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column3, ACTIVATION)
     return dgain0, dgain1, dgain2, dgain3
 
 
@@ -164,10 +164,13 @@ def store_pieces(
 
 @triton.jit
 def _norm_kernel(
-    grad_ptr, x_ptr, gain_ptr, rstd_ptr, out_ptr, partial_ptr, num_rows, grad_stride, x_stride, features,
-    BLOCK: tl.constexpr, ACTIVATION: tl.constexpr,
+    grad_ptr, x_ptr, gain_ptr, rstd_ptr, dots_ptr, out_ptr, partial_ptr, num_rows, grad_stride, x_stride, features,
+    total, BLOCK: tl.constexpr, ACTIVATION: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
-    """Rows p, p + P, p + 2 P, ... of program p, each in four pieces of BLOCK columns."""
+    """Rows p, p + P, p + 2 P, ... of program p, each in four pieces of BLOCK columns.
+
+    SHARED: they are parts of rows of `total` features, whose sums of dx gain n are in `dots`.
+    """
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0)
     column0 = tl.arange(0, BLOCK)
@@ -177,11 +180,19 @@ def _norm_kernel(
     dgain1, dgain2, dgain3 = dgain0, dgain0, dgain0
     for step in range(tl.cdiv(num_rows - tl.program_id(0), programs)):
         row = program + step * programs
-        dgain0, dgain1, dgain2, dgain3 = norm_row(
-            grad_ptr + row * grad_stride, x_ptr + row * x_stride, gain_ptr, out_ptr + row * features * halves,
-            tl.load(rstd_ptr + row), features, column0, column1, column2, column3,
-            dgain0, dgain1, dgain2, dgain3, ACTIVATION,
-        )  # fmt: skip
+        grad_row, x_row = grad_ptr + row * grad_stride, x_ptr + row * x_stride
+        out_row, rstd = out_ptr + row * features * halves, tl.load(rstd_ptr + row)
+        if SHARED:
+            mean = tl.load(dots_ptr + row) / total
+            dgain0 += _norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column0, ACTIVATION)
+            dgain1 += _norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column1, ACTIVATION)
+            dgain2 += _norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column2, ACTIVATION)
+            dgain3 += _norm_piece(grad_row, x_row, gain_ptr, out_row, rstd, mean, features, column3, ACTIVATION)
+        else:
+            dgain0, dgain1, dgain2, dgain3 = norm_row(
+                grad_row, x_row, gain_ptr, out_row, rstd, features, column0, column1, column2, column3,
+                dgain0, dgain1, dgain2, dgain3, ACTIVATION,
+            )  # fmt: skip
     partial_row = partial_ptr + program * features
     store_pieces(partial_row, features, column0, column1, column2, column3, dgain0, dgain1, dgain2, dgain3)
 
@@ -223,8 +234,7 @@ def backward(
     check_rstd(rstd, x)
     if dx.numel() == 0:
         return dx, torch.zeros_like(gain)
-    partial = _launch_norm(grad_rows, rows, gain, rstd, dx, activation, launch or norm_launch(features))
-    return dx, partial.sum(0).to(gain.dtype)
+    return dx, launch_norm(grad_rows, rows, gain, rstd, dx, activation, launch)
 
 
 def check_gradient(grad: Tensor, x: Tensor, activation: Activation | None) -> tuple[Tensor, Tensor]:
@@ -247,25 +257,41 @@ def _launch_activation(grad: Tensor, rows: Tensor, dx: Tensor, features: int, ac
     )
 
 
-def _launch_norm(
+def launch_norm(
     grad: Tensor,
     rows: Tensor,
     gain: Tensor,
     rstd: Tensor,
     dx: Tensor,
     activation: Activation | None,
-    launch: NormLaunch,
+    launch: NormLaunch | None = None,
+    *,
+    dots: Tensor | None = None,
+    num_features: int = 0,
 ) -> Tensor:
-    """Fill dx and return the partial sums of dgain, [P, D] float32."""
+    """Fill dx and return dgain in the type of `gain`.
+
+    Args:
+        grad: [T, D].
+        rows: the input, [T, D] or [T, 2 D].
+        gain: [D].
+        rstd: T numbers.
+        dx: as `rows`, contiguous.
+        activation: what precedes the norm.
+        launch: None: `norm_launch`.
+        dots: of rows that ranks share, sum(dx gain n) of the whole row, T numbers; None: this rank has all of it.
+        num_features: of the whole row, with `dots`.
+    """
     features = grad.shape[1]
+    launch = launch or norm_launch(features)
     programs = min(rows.shape[0], launch.programs * multiprocessors(rows.device))
     partial = torch.empty((programs, features), dtype=torch.float32, device=rows.device)
     _norm_kernel[(programs,)](
-        grad, rows, gain, rstd, dx, partial, rows.shape[0], grad.stride(0), rows.stride(0), features,
-        BLOCK=row_piece(features), ACTIVATION=activation or "",
-        num_warps=launch.num_warps, maxnreg=None if INTERPRETED else launch.registers,
+        grad, rows, gain, rstd, rstd if dots is None else dots, dx, partial, rows.shape[0], grad.stride(0),
+        rows.stride(0), features, num_features, BLOCK=row_piece(features), ACTIVATION=activation or "",
+        SHARED=dots is not None, num_warps=launch.num_warps, maxnreg=None if INTERPRETED else launch.registers,
     )  # fmt: skip
-    return partial
+    return partial.sum(0).to(gain.dtype)
 
 
 def norm_launch(features: int) -> NormLaunch:

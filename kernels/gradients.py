@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dispatch import Gather
 from kernels.launch import ALIGNMENT, cdiv, check_dtype, check_rows, next_power_of_2
 from kernels.sparsify_triton import larger
 
@@ -139,18 +140,24 @@ class QuantizedGradient:
     """c, one float32."""
 
 
-def quantize_gradient(grad: Tensor, x_scale: Tensor, weight_scale: Tensor | None) -> QuantizedGradient:
+def quantize_gradient(
+    grad: Tensor, x_scale: Tensor, weight_scale: Tensor | None, gather: Gather | None = None
+) -> QuantizedGradient:
     """Round dY to e4m3 for both backward products.
 
     Args:
-        grad: dY [T,O], bf16, fp16 or fp32.
-        x_scale: s_x [T,1] float32, the scale of the input's codes.
+        grad: dY [T,O], bf16, fp16 or fp32, of all tokens or of those that `gather` makes all of.
+        x_scale: s_x [T,1] float32 of all tokens, the scale of the input's codes.
         weight_scale: [O] float32 scale of each output feature, or None if the weight has a single one.
+        gather: from the rows of this rank to those of all ranks; None: they are here.
 
     Raises:
         ValueError: types or shapes that the kernel does not take.
     """
-    return gathered_gradient(*round_gradient(grad, weight_scale), x_scale)
+    codes, scale = round_gradient(grad, weight_scale)
+    if gather is not None:
+        codes, scale = gather(codes), gather(scale)
+    return gathered_gradient(codes, scale, x_scale)
 
 
 def round_gradient(

@@ -58,11 +58,8 @@ def row_sums(x: Tensor, before: Before) -> Tensor:
     rows, features = _check(x, before)
     sums = torch.empty((rows.shape[0], 2), dtype=torch.float32, device=x.device)
     if x.numel():
-        quarter, lines, columns = quarters(features, None)
-        sums_kernel[(rows.shape[0],)](
-            rows, rows if before.gain is None else before.gain, sums, rows.stride(0), features, quarter,
-            ROWS=lines, COLUMNS=columns, **_forms(before), **_options(lines * columns, before),
-        )  # fmt: skip
+        gain = rows if before.gain is None else before.gain
+        sums_kernel[(rows.shape[0],)](rows, gain, sums, rows.stride(0), features, **_tiles(features, None, before))
     return sums
 
 
@@ -81,14 +78,10 @@ def count_codes(x: Tensor, sums: Tensor, before: Before) -> tuple[Sparsified, Te
     Raises:
         ValueError: dtype or shape that the kernel does not take.
     """
-    found, rows, given = _results(x, sums, before)
+    found, rows, given = _results(x, sums, before, None)
     counts = torch.empty((rows.shape[0], COARSE), dtype=torch.int16, device=x.device)
     if x.numel():
-        quarter, lines, columns = quarters(found.codes.shape[-1], None)
-        count_kernel[(rows.shape[0],)](
-            **given, counts_ptr=counts.view(torch.int32), quarter=quarter, ROWS=lines, COLUMNS=columns,
-            **_options(lines * columns, before),
-        )  # fmt: skip
+        count_kernel[(rows.shape[0],)](**given, counts_ptr=counts.view(torch.int32))
     return found, counts
 
 
@@ -109,7 +102,7 @@ def count_nearest(codes: Tensor, coarse: Tensor, kept: int) -> Tensor:
     if codes.numel():
         fine_kernel[(rows.shape[0],)](
             rows, coarse, fine.view(torch.int32), rows.shape[1], kept=kept, ranks=len(coarse),
-            coarse_stride=coarse.stride(0), **_tiles(rows.shape[1], len(coarse)),
+            coarse_stride=coarse.stride(0), **_code_tiles(rows.shape[1], len(coarse)),
         )  # fmt: skip
     return fine
 
@@ -133,7 +126,7 @@ def keep_largest(codes: Tensor, coarse: Tensor, fine: Tensor, kept: int, rank: i
     if codes.numel():
         keep_kernel[(rows.shape[0],)](
             rows, coarse, fine, rows.shape[1], kept=kept, rank=rank, ranks=len(coarse),
-            coarse_stride=coarse.stride(0), fine_stride=fine.stride(0), **_tiles(rows.shape[1], len(coarse)),
+            coarse_stride=coarse.stride(0), fine_stride=fine.stride(0), **_code_tiles(rows.shape[1], len(coarse)),
         )  # fmt: skip
     return codes
 
@@ -151,16 +144,14 @@ def local_codes(x: Tensor, sums: Tensor, kept: int | None, block: int | None, be
     Raises:
         ValueError: dtype, shape, K or M that the kernel does not take.
     """
-    found, rows, given = _results(x, sums, before)
+    found, rows, given = _results(x, sums, before, block if kept is not None else None)
     features = found.codes.shape[-1]
     check_kept(kept, block, features)
     if x.numel():
-        quarter, lines, columns = quarters(features, block if kept is not None else None)
+        is_sparse = kept is not None and kept < (block or features)
         local_kernel[(rows.shape[0],)](
-            **given, quarter=quarter, kept=kept or 0, ROWS=lines, COLUMNS=columns,
-            BLOCK=block if block and kept is not None else 0, SPARSE=kept is not None and kept < (block or features),
-            **_options(lines * columns, before),
-        )  # fmt: skip
+            **given, kept=kept or 0, BLOCK=block if block and kept is not None else 0, SPARSE=is_sparse
+        )
     return found
 
 
@@ -191,8 +182,8 @@ def normalize(x: Tensor, sums: Tensor, before: Before) -> tuple[Tensor, Tensor]:
     return y, rstd
 
 
-def _results(x: Tensor, sums: Tensor, before: Before) -> tuple[Sparsified, Tensor, dict[str, Any]]:
-    """Empty results, `x` as rows, and the arguments that kernels with codes share."""
+def _results(x: Tensor, sums: Tensor, before: Before, block: int | None) -> tuple[Sparsified, Tensor, dict[str, Any]]:
+    """Empty results, `x` as rows, and the arguments that kernels with codes (of blocks, or of the row) share."""
     rows, features = _check(x, before)
     _check_sums(sums, rows.shape[0])
     codes = torch.empty((*x.shape[:-1], features), dtype=torch.int8, device=x.device)
@@ -203,22 +194,24 @@ def _results(x: Tensor, sums: Tensor, before: Before) -> tuple[Sparsified, Tenso
         **{"scale_ptr": scale, "rstd_ptr": scale if rstd is None else rstd, "row_stride": rows.stride(0)},
         **{"num_rows": rows.shape[0], "ranks": len(sums), "total": len(sums) * features, "eps": before.eps},
         **{"features": features, "RANKS": next_power_of_2(len(sums)), "FACTOR": x.dtype == torch.bfloat16},
-        **_forms(before),
+        **_tiles(features, block, before),
     }
     return Sparsified(codes, scale, rstd), rows, given
 
 
-def _forms(before: Before) -> dict[str, Any]:
-    return {"ACTIVATION": before.activation or "", "NORM": before.gain is not None}
+def _tiles(features: int, block: int | None, before: Before) -> dict[str, Any]:
+    """Tile, form and launch of a kernel that reads x."""
+    quarter, lines, columns = quarters(features, block)
+    activation, has_norm = before.activation, before.gain is not None
+    options = launch_options(LAUNCHES, lines * columns)
+    if activation is not None or has_norm:
+        options = fused_options(lines * columns, activation, norm=has_norm)
+    form = {"ACTIVATION": activation or "", "NORM": has_norm}
+    return {"quarter": quarter, "ROWS": lines, "COLUMNS": columns, **form, **options}
 
 
-def _options(words: int, before: Before) -> dict[str, int]:
-    if before.activation is None and before.gain is None:
-        return launch_options(LAUNCHES, words)
-    return fused_options(words, before.activation, norm=before.gain is not None)
-
-
-def _tiles(features: int, ranks: int) -> dict[str, int]:
+def _code_tiles(features: int, ranks: int) -> dict[str, int]:
+    """Likewise of one that reads codes."""
     quarter, lines, columns = quarters(features, None)
     tile = {"quarter": quarter, "ROWS": lines, "COLUMNS": columns, "RANKS": next_power_of_2(ranks)}
     return tile | fused_options(lines * columns, None, norm=True)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kernels.bit_planes import keep_above, store_coarse_counts, store_fine_counts
-from kernels.fused import input_quarter, normalized, sum_of_squares
+from kernels.fused import gained, input_row, normalized_row, sum_of_squares
 from kernels.sparsify_triton import (
     larger,
     load_quarter,
@@ -21,12 +21,7 @@ from kernels.sparsify_triton import (
     store_codes,
     store_largest,
 )
-from kernels.words import low_bytes, widened
-
-
-@triton.jit
-def _gained(a, gain_ptr, index, quarter, features, part: tl.constexpr, mask):
-    return widened(a) * widened(load_quarter(gain_ptr, index, quarter, features, part, mask))
+from kernels.words import low_bytes
 
 
 @triton.jit
@@ -37,17 +32,13 @@ def sums_kernel(
     """One row; the sum of squares is that of a norm only."""
     row = tl.program_id(0).to(tl.int64)
     index, mask = quarter_tile(quarter, ROWS, COLUMNS, 0)
-    x_row = x_ptr + row * row_stride
-    a0 = input_quarter(x_row, index, quarter, features, 0, mask, ACTIVATION)
-    a1 = input_quarter(x_row, index, quarter, features, 1, mask, ACTIVATION)
-    a2 = input_quarter(x_row, index, quarter, features, 2, mask, ACTIVATION)
-    a3 = input_quarter(x_row, index, quarter, features, 3, mask, ACTIVATION)
+    a0, a1, a2, a3 = input_row(x_ptr + row * row_stride, index, quarter, features, mask, ACTIVATION)
     if NORM:
         tl.store(sums_ptr + 2 * row, sum_of_squares(a0, a1, a2, a3))
-        g0 = _gained(a0, gain_ptr, index, quarter, features, 0, mask)
-        g1 = _gained(a1, gain_ptr, index, quarter, features, 1, mask)
-        g2 = _gained(a2, gain_ptr, index, quarter, features, 2, mask)
-        g3 = _gained(a3, gain_ptr, index, quarter, features, 3, mask)
+        g0 = gained(a0, gain_ptr, index, quarter, features, 0, mask)
+        g1 = gained(a1, gain_ptr, index, quarter, features, 1, mask)
+        g2 = gained(a2, gain_ptr, index, quarter, features, 2, mask)
+        g3 = gained(a3, gain_ptr, index, quarter, features, 3, mask)
         largest = row_gamma(g0, g1, g2, g3)
     else:
         tl.store(sums_ptr + 2 * row, 0.0)
@@ -77,18 +68,11 @@ def _row(
     RANKS: tl.constexpr, ACTIVATION: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """The four quarters of x and the largest magnitude of the whole row."""
-    x_row = x_ptr + row * row_stride
-    x0 = input_quarter(x_row, index, quarter, features, 0, mask, ACTIVATION)
-    x1 = input_quarter(x_row, index, quarter, features, 1, mask, ACTIVATION)
-    x2 = input_quarter(x_row, index, quarter, features, 2, mask, ACTIVATION)
-    x3 = input_quarter(x_row, index, quarter, features, 3, mask, ACTIVATION)
+    x0, x1, x2, x3 = input_row(x_ptr + row * row_stride, index, quarter, features, mask, ACTIVATION)
     rstd, gamma = _whole_row(sums_ptr, row, num_rows, ranks, total, eps, RANKS, NORM)
     if NORM:
         tl.store(rstd_ptr + row, rstd)
-        x0 = normalized(x0, rstd, gain_ptr, index, quarter, features, 0, mask)
-        x1 = normalized(x1, rstd, gain_ptr, index, quarter, features, 1, mask)
-        x2 = normalized(x2, rstd, gain_ptr, index, quarter, features, 2, mask)
-        x3 = normalized(x3, rstd, gain_ptr, index, quarter, features, 3, mask)
+        x0, x1, x2, x3 = normalized_row(x0, x1, x2, x3, rstd, gain_ptr, index, quarter, features, mask)
     return x0, x1, x2, x3, gamma
 
 

@@ -220,13 +220,7 @@ class FastBackward:
         several = weight_scale is not None and weight_scale.numel() > 1
         self._outside = None if several else weight_scale
         self._inside = weight_scale if several else None
-        self._grad = self._quantize(grad.flatten(0, -2), gather)
-
-    def _quantize(self, grad_TO: Tensor, gather: Gather | None) -> gradients.QuantizedGradient:
-        codes, scale = gradients.round_gradient(grad_TO, self._inside)
-        if gather is not None:
-            codes, scale = gather(codes), gather(scale)
-        return gradients.gathered_gradient(codes, scale, self._x_scale)
+        self._grad = gradients.quantize_gradient(grad.flatten(0, -2), self._x_scale, self._inside, gather)
 
     def dgrad(self) -> Tensor:
         """See `Backward.dgrad`."""

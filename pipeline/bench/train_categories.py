@@ -12,7 +12,7 @@ CATEGORIES = (
         r"sparsif|quantiz|ternar|codes|(row|part)_sums|transpose_|round_gradient|_fused_kernel"
         r"|^(sums|count|fine|keep|local)_kernel$",
     ),
-    ("norm, activation", r"norm|^_(dots|gradients)_kernel$|silu|swiglu|geglu|relu|_activation_kernel|dgain|dgamma"),
+    ("norm, activation", r"norm|^_dots_kernel$|silu|swiglu|geglu|relu|_activation_kernel|dgain|dgamma"),
     ("GEMM", r"gemm|^_grouped_kernel$|nvjet|cutlass|xmma|wgmma|splitk|::mm$|::addmm$|::bmm$|mkldnn_linear|_hopper_"),
     ("sort, top-K", r"sort|topk|scatter|histogram"),
 )

@@ -22,12 +22,10 @@ _ROTARY = 12
 """Per token and feature of q, k and v: rotation or copy out of the fused product, its backward, concatenation."""
 _ROUTED = 30
 """Per copy of a token and feature: permute, sort, weight and sum, and back."""
-_SHARDED_CODES = 1 + 2
-"""Codes of a row that several ranks share: written, and masked in place (`kernels.sharded`)."""
+_SHARDED_TOPK = 1 + 2
+"""Codes of a row that several ranks share: counted again, and masked in place (`kernels.sharded`)."""
 _UNQUANTIZED_SELECTION = 10
 """Top-K without codes (`kernels.topk_float`): a read and a write, and counting that memory waits for."""
-_SHARDED_COUNTS = 256 * 3
-"""Per token of such a row: how many codes have each magnitude, written by this rank and read of two."""
 _NORM = 4, 6
 """SubLN without quantization."""
 
@@ -137,14 +135,13 @@ class _LayerTime:
     def _front(self, linear: Linear, t: float, shards: int, branches: int = 0) -> None:
         """What stands in front of a product: activation of `branches` inputs (0: none), SubLN, codes, top-K."""
         form, has_norm = linear.format, linear.format.sub_norm
-        plain = back = codes = 0.0
+        plain = back = codes = 0
         reads = 2 * max(1, branches)
         if linear.is_int8:  # one pass each; the norm or the scale of a shared row takes a second one
-            codes = reads + 1 if shards == 1 else 2 * reads + _SHARDED_CODES
+            codes = reads + 1 if shards == 1 else 2 * reads + 1
             back = 2 * reads + 2 if has_norm or branches else 0
             back += (reads + 2) * (shards > 1 and has_norm)
-            if shards > 1 and form.sparsity and form.pattern == "topk":
-                codes += _SHARDED_COUNTS * shards / linear.inputs
+            codes += _SHARDED_TOPK * (shards > 1 and form.sparsity > 0 and form.pattern == "topk")
         else:
             if branches:
                 plain, back = 2 * branches + 2, 4 * branches + 2

@@ -148,11 +148,14 @@ def _rows(linear: Linear, layout: Layout, network: Network) -> list[Traffic]:
         found.append(_tp("tensor: gathers of gradients", (rounded, outputs), layout, network))
     form = linear.format
     counted = linear.is_int8 and form.sparsity and form.pattern == "topk" and form.topk_scope == "global"
-    gathered = [_SUMS_BYTES] * (linear.is_int8 or form.sub_norm) + [*_COUNTS_BYTES] * bool(counted)
-    sizes = [(float(layout.tokens * size * layout.tp), 1.0) for size in gathered]
-    sizes += [(2.0 * layout.tokens * _DOTS_BYTES, 0.0)] * form.sub_norm  # summed in the backward pass
-    for size, forward in sizes:
-        found.append(_tp("tensor: scales, top-K counts", (size, size), layout, network, forward=forward))
+    gathered = (_SUMS_BYTES, *_COUNTS_BYTES) if counted else (_SUMS_BYTES,)
+    if linear.is_int8 or form.sub_norm:
+        for per_rank in gathered:
+            size = float(layout.tokens * per_rank * layout.tp)
+            found.append(_tp("tensor: scales, top-K counts", (size, size), layout, network, forward=1))
+    if form.sub_norm:  # summed in the backward pass
+        size = 2.0 * layout.tokens * _DOTS_BYTES
+        found.append(_tp("tensor: scales, top-K counts", (size, size), layout, network))
     return found
 
 

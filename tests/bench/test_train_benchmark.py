@@ -168,7 +168,7 @@ def test_kernels_fall_into_categories():
         "_transpose_codes_kernel": "sparsify, quantize",
         "count_kernel": "sparsify, quantize",
         "_rms_norm_kernel": "norm, activation",
-        "_gradients_kernel": "norm, activation",
+        "_dots_kernel": "norm, activation",
         "void at::native::vectorized_elementwise_kernel<4, CUDAFunctor_add>": OTHER,
         "Memcpy DtoD (Device -> Device)": OTHER,
     }

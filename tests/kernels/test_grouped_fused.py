@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from kernels import fused, fused_backward, grouped_fused, grouped_weight
-from kernels.dispatch import Activation
+from kernels.dispatch import Activation, Before
+from kernels.triton_kernels import FusedKernels
+from moe.front import GroupedFused
 
 CASES: tuple[tuple[Activation | None, int, list[int], int | None, torch.dtype], ...] = (
     ("relu2_glu", 96, [3, 0, 8, 1], None, torch.float32),
@@ -34,6 +36,9 @@ def test_experts_one_after_the_other(
     assert found.rstd is not None
     dx, dgain = grouped_fused.backward(grad, x, gain_EF=gains, rstd=found.rstd, **given)
     assert dgain.dtype == dtype
+    front, before = GroupedFused(FusedKernels(), given["offsets"]), Before(activation, gains, 1e-5)
+    through_layer = *front.sparsify(x, kept, block, before), *front.backward(grad, x, before, found.rstd)
+    assert all(torch.equal(a, b) for a, b in zip(through_layer, (*found, dx, dgain), strict=True))
     for expert, count in enumerate(counts):
         rows = slice(bounds[expert], bounds[expert] + count)
         want = fused.sparsify(x[rows], kept, block, activation=activation, gain=gains[expert], eps=1e-5)
