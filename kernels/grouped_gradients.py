@@ -6,12 +6,12 @@ The fast mode of a mixture's linear layer computes both backward products in e4m
     dW[e][O,D] = c[e] / s_w (G^T[O,T] X[D,T]^T) over e     X = e4m3(q a s_x / c),  c = max_t(a s_x) 127 / 448 over e
 
 dY is rounded once, and the same G serves both products: the scale of a token cannot leave a sum over tokens, so it
-moves into X, whose codes have to become e4m3 anyway.  c is one number per expert, found by an atomic maximum, so that a
-quiet expert keeps its precision beside a loud one.  s_w multiplies dY before the rounding, whatever the number of parts
-of the weight, and is divided out of dW's rows.
+moves into X, whose codes have to become e4m3 anyway.  c is one number per expert, so that a quiet expert keeps its
+precision beside a loud one, found in a launch of its own: an atomic maximum per token took longer than the rounding.
+s_w multiplies dY before the rounding (of a weight in one part: only a, no code changes) and is divided out of dW's rows.
 
 Both transposed operands are written in the padded columns of `grouped_wgrad` (each expert starts on a multiple of 128
-and is filled up with zeros); 128 is also the tile of the transposing kernels, so each tile belongs to one expert.
+and is filled up with zeros), a multiple of the transposing kernel's tile: each tile belongs to one expert.
 Columns past the last expert stay unwritten, and unread.
 
 Shapes: T tokens sorted by expert, Tp padded token columns, E experts, D input features, O output features, P parts.
@@ -26,14 +26,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import gradients
-from kernels.grouped_wgrad import TOKEN_PAD, pad_offsets, padded_columns
+from kernels.gradients import TILE_COLUMNS, TILE_ROWS, TILE_WARPS, in_e4m3, round_row
+from kernels.grouped_wgrad import pad_offsets, padded_columns
+from kernels.launch import INTERPRETED
 from kernels.sparsify_triton import larger
-from kernels.tile_launch import check_operand, check_same_device, check_tensor
+from kernels.tile_launch import check_operand, check_same_device, check_tensor, loop_bound
 
-_E4M3_MAX = tl.constexpr(448.0)
-_TINY = tl.constexpr(1e-30)
-_SMALLEST_COMMON = 1e-30
-TILE_FEATURES, TILE_WARPS = 64, 4
+_COMMON = tl.constexpr(127 / 448)
+_SMALLEST_COMMON = tl.constexpr(1e-30)
+_CHUNK = 4096
 
 
 @triton.jit
@@ -45,33 +46,35 @@ def expert_of(offsets_E1, position, E: tl.constexpr, EXPERTS: tl.constexpr):
 
 
 @triton.jit
-def _scaled(grad, weight_scale_EP, expert, output, mask, outputs, PARTS: tl.constexpr):
-    """grad times the scale of its expert's part; [..., outputs]."""
-    if PARTS == 1:
-        return grad * tl.load(weight_scale_EP + expert)
-    else:
-        return grad * tl.load(weight_scale_EP + expert * PARTS + output // (outputs // PARTS), mask=mask, other=0.0)
+def _round_kernel(
+    grad_ptr, weight_scale_ptr, offsets_E1, codes_ptr, scale_T, outputs,
+    E: tl.constexpr, EXPERTS: tl.constexpr, SCALED: tl.constexpr,
+    WHOLE: tl.constexpr, LINES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Codes and scale of one token; s_w is [E, O] (SCALED) or [E]."""
+    token = tl.program_id(0)
+    row = token.to(tl.int64) * outputs
+    expert = expert_of(offsets_E1, token, E, EXPERTS)
+    factors_ptr = weight_scale_ptr + expert.to(tl.int64) * outputs
+    scale = round_row(grad_ptr + row, factors_ptr, codes_ptr + row, outputs, SCALED, WHOLE, LINES, COLUMNS)
+    if not SCALED:
+        scale *= tl.load(weight_scale_ptr + expert)
+    tl.store(scale_T + token, scale)
 
 
 @triton.jit
-def _scale_kernel(
-    grad_ptr, weight_scale_EP, x_scale_T, offsets_E1, scale_T, common_E, outputs,
-    E: tl.constexpr, EXPERTS: tl.constexpr, PARTS: tl.constexpr, CHUNK: tl.constexpr,
+def _common_kernel(
+    grad_scale_T, x_scale_T, offsets_E1, common_E, TOKENS: tl.constexpr, INTERPRET: tl.constexpr
 ):  # fmt: skip
-    """Scale of one token, and its part in the common scale of its expert."""
-    token = tl.program_id(0)
-    expert = expert_of(offsets_E1, token, E, EXPERTS)
-    row_ptr = grad_ptr + token.to(tl.int64) * outputs
-    amax = tl.zeros([CHUNK], tl.float32)
-    for start in range(0, outputs, CHUNK):
-        output = start + tl.arange(0, CHUNK)
-        inside = output < outputs
-        grad = tl.load(row_ptr + output, mask=inside, other=0.0).to(tl.float32)
-        amax = larger(amax, tl.abs(_scaled(grad, weight_scale_EP, expert, output, inside, outputs, PARTS)))
-    largest = tl.reduce(amax, 0, larger)
-    scale = tl.where(largest < _TINY, _TINY, largest) / _E4M3_MAX
-    tl.store(scale_T + token, scale)
-    tl.atomic_max(common_E + expert, scale * tl.load(x_scale_T + token) * (127.0 / _E4M3_MAX))
+    """c of one expert."""
+    expert = tl.program_id(0)
+    start, end = tl.load(offsets_E1 + expert), tl.load(offsets_E1 + expert + 1)
+    largest = tl.full([TOKENS], _SMALLEST_COMMON, tl.float32)
+    for first in range(loop_bound(start, INTERPRET), loop_bound(end, INTERPRET), TOKENS):
+        token = first + tl.arange(0, TOKENS)
+        scale = tl.load(grad_scale_T + token, mask=token < end, other=0.0)
+        largest = larger(largest, scale * tl.load(x_scale_T + token, mask=token < end, other=0.0) * _COMMON)
+    tl.store(common_E + expert, tl.reduce(largest, 0, larger))
 
 
 @triton.jit
@@ -85,41 +88,23 @@ def _tokens_of_tile(offsets_E1, padded_E1, E: tl.constexpr, EXPERTS: tl.constexp
 
 
 @triton.jit
-def _quantize_kernel(
-    grad_ptr, weight_scale_EP, scale_T, offsets_E1, padded_E1, codes_ptr, transposed_ptr, outputs, columns,
-    E: tl.constexpr, EXPERTS: tl.constexpr, PARTS: tl.constexpr, TOKENS: tl.constexpr, OUTPUTS: tl.constexpr,
-):  # fmt: skip
-    """One tile, written as it is and transposed."""
-    expert, column, token, real = _tokens_of_tile(offsets_E1, padded_E1, E, EXPERTS, TOKENS)
-    if expert < E:
-        output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
-        inside = output < outputs
-        mask = real[:, None] & inside[None, :]
-        at = token.to(tl.int64)[:, None] * outputs + output[None, :]
-        grad = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        grad = _scaled(grad, weight_scale_EP, expert, output[None, :], inside[None, :], outputs, PARTS)
-        scale = tl.load(scale_T + token, mask=real, other=1.0)
-        code = (grad * (1.0 / scale)[:, None]).to(tl.float8e4nv).to(tl.int8, bitcast=True)
-        tl.store(codes_ptr + at, code, mask=mask)
-        target = transposed_ptr + output.to(tl.int64)[:, None] * columns + column[None, :]
-        tl.store(target, tl.trans(code), mask=inside[:, None])
-
-
-@triton.jit
-def _transpose_input_kernel(
+def _transpose_kernel(
     codes_ptr, x_scale_T, grad_scale_T, common_E, offsets_E1, padded_E1, out_ptr, features, columns,
-    E: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr,
+    E: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
+    """One tile of integers times the scales, to e4m3, or of bytes as they are."""
     expert, column, token, real = _tokens_of_tile(offsets_E1, padded_E1, E, EXPERTS, TOKENS)
     if expert < E:
         feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
         inside = feature < features
         at = token.to(tl.int64)[:, None] * features + feature[None, :]
-        codes = tl.load(codes_ptr + at, mask=real[:, None] & inside[None, :], other=0).to(tl.float32)
-        factor = tl.load(x_scale_T + token, mask=real, other=0.0) * tl.load(grad_scale_T + token, mask=real, other=0.0)
-        codes *= (factor / tl.load(common_E + expert))[:, None]
+        codes = tl.load(codes_ptr + at, mask=real[:, None] & inside[None, :], other=0)
+        if SCALED:
+            factor = tl.load(x_scale_T + token, mask=real, other=0.0)
+            factor *= tl.load(grad_scale_T + token, mask=real, other=0.0)
+            codes = in_e4m3(codes, factor / tl.load(common_E + expert))
         target = out_ptr + feature.to(tl.int64)[:, None] * columns + column[None, :]
-        tl.store(target, tl.trans(codes.to(tl.float8e4nv).to(tl.int8, bitcast=True)), mask=inside[:, None])
+        tl.store(target, tl.trans(codes), mask=inside[:, None])
 
 
 @dataclass(frozen=True)
@@ -167,22 +152,18 @@ def quantize_gradient(
     if O % 16:
         raise ValueError(f"grad_TO: {O} output features, expected a multiple of 16: rows of codes are aligned")
     check_same_device(grad_TO=grad_TO, offsets=offsets, x_scale_T=x_scale_T, weight_scale_EP=weight_scale_EP)
-    columns, padded = padded_columns(T, E), pad_offsets(offsets)
     codes = torch.empty(T, O, dtype=torch.float8_e4m3fn, device=grad_TO.device)
-    transposed = torch.empty(O, columns, dtype=torch.float8_e4m3fn, device=grad_TO.device)
     scale = torch.empty(T, dtype=torch.float32, device=grad_TO.device)
-    common = torch.full((E,), _SMALLEST_COMMON, dtype=torch.float32, device=grad_TO.device)
+    common = torch.empty(E, dtype=torch.float32, device=grad_TO.device)
     if T:
-        experts = {"E": E, "EXPERTS": triton.next_power_of_2(E)}
-        chunk = min(4096, triton.next_power_of_2(O))
-        _scale_kernel[(T,)](
-            grad_TO, weight_scale_EP, x_scale_T, offsets, scale, common, O,
-            PARTS=parts, CHUNK=chunk, num_warps=max(1, chunk // 1024), **experts,
+        factors = weight_scale_EP if parts == 1 else weight_scale_EP.repeat_interleave(O // parts, 1)
+        _round_kernel[(T,)](
+            grad_TO, factors, offsets, codes.view(torch.int8), scale, O,
+            E=E, EXPERTS=triton.next_power_of_2(E), SCALED=parts > 1, **gradients.round_launch(O),
         )  # fmt: skip
-        _quantize_kernel[(columns // TOKEN_PAD, triton.cdiv(O, TILE_FEATURES))](
-            grad_TO, weight_scale_EP, scale, offsets, padded, codes.view(torch.int8), transposed.view(torch.int8),
-            O, columns, PARTS=parts, TOKENS=TOKEN_PAD, OUTPUTS=TILE_FEATURES, num_warps=TILE_WARPS, **experts,
-        )  # fmt: skip
+    _common_kernel[(E,)](scale, x_scale_T, offsets, common, TOKENS=_CHUNK, INTERPRET=INTERPRETED, num_warps=8)
+    padded = pad_offsets(offsets)
+    transposed = _transposed(codes, offsets, padded)
     return GroupedGradient(codes, transposed, scale, common, common[:, None] / weight_scale_EP, offsets, padded)
 
 
@@ -193,16 +174,22 @@ def transposed_input(codes_TD: Tensor, x_scale_T: Tensor, gradient: GroupedGradi
         ValueError: a wrong dtype, shape, layout or device.
     """
     check_tensor("codes_TD", codes_TD, dtype=torch.int8, shape=(gradient.scale_T.shape[0], None))
-    (T, D), E = codes_TD.shape, gradient.common_E.shape[0]
-    check_tensor("x_scale_T", x_scale_T, dtype=torch.float32, shape=(T,))
+    check_tensor("x_scale_T", x_scale_T, dtype=torch.float32, shape=(len(codes_TD),))
     check_same_device(codes_TD=codes_TD, x_scale_T=x_scale_T, gradient=gradient.scale_T)
+    scales = (x_scale_T, gradient.scale_T, gradient.common_E)
+    return _transposed(codes_TD, gradient.offsets, gradient.padded_offsets, *scales)
+
+
+def _transposed(codes_TF: Tensor, offsets: Tensor, padded_offsets: Tensor, *scales: Tensor) -> Tensor:
+    """[F, Tp] in e4m3, of integers times x_scale_T grad_scale_T / common_E, or without scales of e4m3."""
+    (T, F), E = codes_TF.shape, len(offsets) - 1
     columns = padded_columns(T, E)
-    out = torch.empty(D, columns, dtype=torch.float8_e4m3fn, device=codes_TD.device)
-    if codes_TD.numel():
-        _transpose_input_kernel[(columns // TOKEN_PAD, triton.cdiv(D, TILE_FEATURES))](
-            codes_TD, x_scale_T, gradient.scale_T, gradient.common_E, gradient.offsets, gradient.padded_offsets,
-            out.view(torch.int8), D, columns, E=E, EXPERTS=triton.next_power_of_2(E),
-            TOKENS=TOKEN_PAD, FEATURES=TILE_FEATURES, num_warps=TILE_WARPS,
+    out = torch.empty(F, columns, dtype=torch.float8_e4m3fn, device=codes_TF.device)
+    if codes_TF.numel():
+        _transpose_kernel[(columns // TILE_ROWS, triton.cdiv(F, TILE_COLUMNS))](
+            codes_TF.view(torch.int8), *(scales or (None, None, None)), offsets, padded_offsets,
+            out.view(torch.int8), F, columns, E=E, EXPERTS=triton.next_power_of_2(E),
+            TOKENS=TILE_ROWS, FEATURES=TILE_COLUMNS, SCALED=bool(scales), num_warps=TILE_WARPS,
         )  # fmt: skip
     return out
 

@@ -64,7 +64,8 @@ def _measure(options: argparse.Namespace, console: Console) -> bool:
         f"{job.layer}: {message}" for job, result in zip(checks, found, strict=True) for message in result["wrong"]
     ]
     for layer in [] if wrong else options.layers:
-        variants = [*BOUNDS, *(["ours exact, floats travel"] if options.gpus > 1 else []), BASELINE, "TE GroupedLinear"]
+        floats = ["ours exact, floats travel"] if options.gpus > 1 else []
+        variants = [*BOUNDS, *floats, BASELINE, f"{BASELINE}, dW added", "TE GroupedLinear"]
         result = run_ranks(Job(layer, variants, options.device, options.rounds), gpus=options.gpus)
         wrong += [f"{layer}: {message}" for message in result["wrong"]]
         for name, why in result["absent"].items():

@@ -19,7 +19,7 @@ from qsparse_layers.mlp import activate
 
 FULL = {"sparsity": 0.5, "weights": "ternary", "activations": "int8", "sub_norm": True}
 EXACT, FAST, FLOATS = "ours exact", "ours e4m3", "ours exact, floats travel"
-TORCH, ENGINE = "torch._grouped_mm", "TE GroupedLinear"
+TORCH, TORCH_ADDS, ENGINE = "torch._grouped_mm", "torch._grouped_mm, dW added", "TE GroupedLinear"
 
 
 def build(shape: Shape, name: str, device: str, num_processes: int, first: Any = None) -> Any:
@@ -91,13 +91,27 @@ class RivalExperts(torch.nn.Module):
 class _TorchProduct(torch.nn.Module):
     """PyTorch's grouped product of one stacked weight; its gradient is returned in bf16 and added to nothing."""
 
+    adds = False
+
     def __init__(self, weights: Sequence[Tensor]) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.stack([weight.detach() for weight in weights]))
+        if self.adds:
+            self._main_grad = torch.zeros_like(self.weight, dtype=torch.float32)
+            self.weight.register_hook(self._add)
+
+    def _add(self, grad: Tensor) -> None:
+        self._main_grad += grad
 
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         ends = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
         return torch._grouped_mm(x, self.weight.transpose(1, 2), offs=ends)
+
+
+class _AddingTorchProduct(_TorchProduct):
+    """The same with its gradient added to a float32 buffer, as a training step needs it and all others do."""
+
+    adds = True
 
 
 class _EngineProduct(torch.nn.Module):
@@ -122,5 +136,6 @@ class _EngineProduct(torch.nn.Module):
 
 RIVALS: dict[str, Callable[[list[Tensor]], Callable[[Tensor, Tensor], Tensor]]] = {
     TORCH: _TorchProduct,
+    TORCH_ADDS: _AddingTorchProduct,
     ENGINE: _EngineProduct,
 }

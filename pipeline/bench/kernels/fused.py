@@ -23,6 +23,7 @@ from qsparse_layers.norm import rms_norm
 EPS = 1e-5
 ELEMENTS = 2**26
 FEATURES = (4096, 14336)
+FEATURES_OF_A_NORM = (2048, 4096, 8192, 14336, 16384)
 COMPILED = ("relu2_glu+norm D=4096", "swiglu+norm D=4096")
 CHECKED_ROWS = 256
 
@@ -178,7 +179,8 @@ class FusedCase:
 
 
 def _cases(options: Options) -> Mapping[str, Callable[[], Case]]:
-    names = [(form, features) for form in FORMS for features in FEATURES]
+    names = [("norm", features) for features in FEATURES_OF_A_NORM]
+    names += [(form, features) for form in FORMS if form != "norm" for features in FEATURES]
     if options.quick:
         names = [("relu2_glu+norm", FEATURES[0])]
     return {
