@@ -21,7 +21,7 @@ BIN := $(VENV)/bin
 EXTRAS ?= dev
 comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
-CODE := kernels qsparse_layers moe pipeline launch tests docs
+CODE := kernels qsparse_layers moe pipeline launch tests benchmarks docs
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: env train test test-gpu bench-gpu docs-test lint format clean

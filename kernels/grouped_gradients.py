@@ -8,7 +8,7 @@ The fast mode of a mixture's linear layer computes both backward products in e4m
 dY is rounded once, and the same G serves both products: the scale of a token cannot leave a sum over tokens, so it
 moves into X, whose codes have to become e4m3 anyway.  c is one number per expert, so that a quiet expert keeps its
 precision beside a loud one, found in a launch of its own: an atomic maximum per token added two thirds to the rounding.
-s_w multiplies dY before the rounding (of a weight in one part: only a, no code changes) and is divided out of dW's rows.
+s_w multiplies dY before the rounding (of a weight in one part only a) and is divided out of dW's rows.
 
 Both transposed operands are written in the padded columns of `grouped_wgrad` (each expert starts on a multiple of 128
 and is filled up with zeros), a multiple of the transposing kernel's tile: each tile belongs to one expert.

@@ -56,7 +56,7 @@ def add_run_parsers(commands: Any) -> None:
     generate.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
     generate.add_argument("--tokens", type=int, metavar="N", help="tokens to generate")
     generate.set_defaults(run=_generate)
-    evaluate = _add_run_command(commands, "evaluate", "held-out loss and benchmarks of a run", _EVALUATE_EPILOG)
+    evaluate = _add_run_command(commands, "evaluate", "held-out loss and measured sparsity of a run", _EVALUATE_EPILOG)
     evaluate.set_defaults(run=_evaluate)
 
 

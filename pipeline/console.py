@@ -31,6 +31,7 @@ __all__ = ["LayerGroup", "ParallelGrid", "RunConsole", "StartScreen", "Summary",
 
 PLAIN_WIDTH = 120
 REFRESH_SECONDS = 0.25
+_logger = logging.getLogger("pipeline")
 Part = tuple[str, str, str]  # label, value, style of the value
 
 
@@ -84,8 +85,10 @@ class RunConsole:
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._refreshed = 0.0
+        self._handler = _ConsoleHandler(self)
         if rank != 0:
             return
+        _logger.addHandler(self._handler)
         self._consoles.append(_console(sys.stdout if stream is None else stream))
         if log_file is not None:
             log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -140,12 +143,6 @@ class RunConsole:
         """Print a line of text above the progress bar."""
         self._print(Text(printable(text), style=style))
 
-    def log_handler(self) -> logging.Handler:
-        """A `logging` handler whose lines go where the step lines go and do not tear the progress bar."""
-        handler = _ConsoleHandler(self)
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        return handler
-
     def finish(self, summary: Summary) -> None:
         """Take down the progress bar and print the final panel."""
         self._stop_progress()
@@ -161,6 +158,7 @@ class RunConsole:
     def close(self) -> None:
         """Take down the progress bar and close the log file; closing twice is fine."""
         self._stop_progress()
+        _logger.removeHandler(self._handler)
         if self._log is not None:
             self._consoles.pop()
             self._log.close()
@@ -187,9 +185,12 @@ class RunConsole:
 
 
 class _ConsoleHandler(logging.Handler):
+    """What this package logs goes where the step lines go, and does not tear the progress bar."""
+
     def __init__(self, console: RunConsole) -> None:
         super().__init__()
         self._console = console
+        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "red" if record.levelno >= logging.ERROR else "yellow" if record.levelno >= logging.WARNING else "dim"

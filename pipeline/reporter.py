@@ -24,9 +24,11 @@ from pipeline.data.phases import Phases, resolve_phases
 from pipeline.environment import describe_environment
 from pipeline.learner import StepResult
 from pipeline.metrics import MetricsLog, layer_metric, read_metrics
+from pipeline.model import uses_transformer_engine
 from pipeline.ownership import describe
+from pipeline.plan.search import memory_of_run
 from pipeline.run_directory import RunDirectory, RunState
-from pipeline.sizes import flops_per_token, memory_estimate, model_size, peak_flops
+from pipeline.sizes import flops_per_token, model_size, peak_flops
 from pipeline.start_screen import ParallelGrid, StartScreen, group_layers
 from pipeline.system_metrics import SystemMetrics
 from pipeline.tracking import STATUS_OF_STATE, make_tracker
@@ -105,12 +107,13 @@ class Reporter:
         reader: BatchReader,
         load: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
-        """Record a logged step: the measured sparsity of its forward passes, and the load of its experts."""
+        """Record a logged step, the sparsity of its forward passes and the load of its experts; collective."""
         now = time.perf_counter()
         steps = max(1, step - self._last_step)
         seconds = (now - self._last_time) / steps
         waited, reader.wait_seconds = reader.wait_seconds / steps, 0.0
         self._last_time, self._last_step = now, step
+        peak_bytes = _peak_bytes(self.world)
         if not self.world.is_main:
             return
         tokens_per_second = (result.consumed_tokens - self._last_tokens) / steps / seconds
@@ -126,7 +129,7 @@ class Reporter:
             "perf/step_seconds": seconds,
             "perf/tokens_per_second": tokens_per_second,
             "perf/data_wait_seconds": waited,
-            "mem/peak_bytes": float(_peak_bytes(self.world)),
+            "mem/peak_bytes": float(peak_bytes),
             "qsparse/sparsity": sparsity,
             "qsparse/ternary_zeros": ternary_zeros,
             "qsparse/activated_parameters": total.active_projections * (1 - sparsity),
@@ -240,7 +243,7 @@ class Reporter:
         return {"perf/mfu_dense_bf16": rate / (peak * self.world.size)}
 
     def _screen(self, num_weights: Mapping[str, int], windows_per_epoch: int) -> StartScreen:
-        config, parallel = self.config, self.config.parallel
+        config, parallel, is_cpu = self.config, self.config.parallel, self.world.device.type == "cpu"
         size = model_size(config, self.vocab_size)
         formats = layer_formats(config.model, config.parallel)
         kept = sum(count * (1 - formats[path].sparsity) for path, count in num_weights.items())
@@ -265,10 +268,10 @@ class Reporter:
             tokens_per_step=config.training.global_batch_size * config.training.seq_length,
             total_steps=config.training.steps,
             dataset=_describe_data(config, self._phases, windows_per_epoch),
-            device=_describe_device(self.world, config),
+            device=describe_device("" if is_cpu else torch.cuda.get_device_name(), config),
             run_directory=self.directory.path,
             tracking=self._tracker.location,
-            memory_bytes=memory_estimate(config, self.vocab_size, self.world.dp_size),
+            memory_bytes=None if is_cpu else memory_of_run(config, self.vocab_size, self.world.dp_size),
             resumed_step=self.first_step or None,
         )
 
@@ -297,12 +300,20 @@ def _facts(world: World, vocab_size: int) -> dict[str, str]:
 
 
 def _peak_bytes(world: World) -> int:
+    """The largest over the ranks; collective."""
     if world.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kibibytes * (1 if sys.platform == "darwin" else 1024)
+        own = torch.cuda.max_memory_allocated()
+    else:
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.tensor(own, device=world.device)
+    torch.distributed.all_reduce(peak, torch.distributed.ReduceOp.MAX)
+    return int(peak)
 
 
-def _describe_device(world: World, config: Config) -> str:
-    name = torch.cuda.get_device_name() if world.device.type == "cuda" else f"CPU, {os.cpu_count()} cores, gloo"
-    return f"{name}; {config.training.precision}; reference kernels; torch {torch.__version__}"
+def describe_device(gpu: str, config: Config) -> str:
+    """One line: device, precision, and whose kernels and attention compute; `gpu` is empty on a CPU."""
+    device = gpu or f"CPU, {os.cpu_count()} cores, gloo"
+    kernels = "Triton" if gpu and config.run.kernels != "reference" else "reference"
+    attention = "Transformer Engine" if uses_transformer_engine(config) else "megatron-core"
+    precision = config.training.precision
+    return f"{device}; {precision}; {kernels} kernels; attention of {attention}; torch {torch.__version__}"

@@ -1,4 +1,4 @@
-"""Parameters, operations and memory of a model from its configuration alone; no torch here.
+"""Parameters and operations of a model from its configuration alone; no torch here.
 
 Sparsity counts projections only, as the paper does (arXiv 2407.10969 sec. 4.2): embeddings and output layer are not
 part of N.  A token visits k of E experts, so of N only N_active = attention + dense FFNs + shared experts + k / E of
@@ -9,6 +9,7 @@ those of the dense model, so that MFU compares sparse and dense runs by the same
 from dataclasses import dataclass
 
 from pipeline.config import Config
+from pipeline.plan.model_costs import total_parameters
 
 BF16_PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12, "H800": 989.4e12, "A100": 312e12, "A800": 312e12}
 """Dense bf16 tensor-core peaks from the vendors' data sheets (SXM), by the name that the driver reports."""
@@ -45,15 +46,14 @@ def model_size(config: Config, vocab_size: int) -> ModelSize:
     num_experts, top_k = (model.moe.num_experts, model.moe.top_k) if model.moe else (0, 0)
     shared = branches * hidden * ((model.moe.shared_ffn_hidden_size if model.moe else None) or 0)
     common = model.num_layers * attention + (model.num_layers - moe_layers) * dense + moe_layers * shared
-    gains = (2 * model.num_layers + 1) * hidden
-    if model.qsparse.sub_norm:
-        gains += model.num_layers * (heads * model.head_size + model.ffn_hidden_size)
-    tables = 1 if model.tie_embeddings else 2
+    projections = common + moe_layers * num_experts * expert
+    embeddings = (1 if model.tie_embeddings else 2) * model.padded_vocab_size(model.vocab_size or vocab_size) * hidden
+    known = model.model_copy(update={"vocab_size": model.vocab_size or vocab_size})
     return ModelSize(
-        projections=common + moe_layers * num_experts * expert,
+        projections=projections,
         active_projections=common + moe_layers * top_k * expert,
-        embeddings=tables * model.padded_vocab_size(model.vocab_size or vocab_size) * hidden,
-        other=gains + moe_layers * num_experts * hidden,
+        embeddings=embeddings,
+        other=total_parameters(config.model_copy(update={"model": known})) - projections - embeddings,
     )
 
 
@@ -64,25 +64,6 @@ def flops_per_token(config: Config, vocab_size: int) -> float:
     width = model.num_attention_heads * model.head_size
     attention = 12 * model.num_layers * width * config.training.seq_length
     return 6 * (model_size(config, vocab_size).active_projections + output_layer) + attention
-
-
-def memory_estimate(config: Config, vocab_size: int, dp: int) -> float:
-    """Bytes per rank of weights, gradients, Adam state and saved activations; attention kernels and caches excluded.
-
-    States: fp32 takes 16 bytes per parameter; bf16 2 for the weight, 4 for its gradient and 12 for master weight and
-    moments, which the distributed optimizer shards over `dp`.  Activations follow arXiv 2205.05198 eq. 2 without the
-    attention matrix: s b h (10 + 24 / t) two-byte values per layer, as many microbatches as the pipeline is deep.
-    """
-    model, parallel, training = config.model, config.parallel, config.training
-    width = {"fp32": 4, "bf16": 2, "fp64": 8}[training.precision]
-    sharded = 12 if width == 2 else 2 * width
-    per_parameter = (6 if width == 2 else 2 * width) + sharded / (dp if parallel.distributed_optimizer else 1)
-    states = model_size(config, vocab_size).total / (parallel.tp * parallel.pp) * per_parameter
-    tokens = training.seq_length * training.micro_batch_size / parallel.cp
-    shared = 10 / parallel.tp if parallel.sequence_parallel else 10
-    per_layer = tokens * model.hidden_size * (shared + 24 / parallel.tp) * width
-    layers = model.num_layers if training.recompute != "full" else model.num_layers * 2 / 34
-    return states + per_layer * layers
 
 
 def peak_flops(device_name: str) -> float | None:

@@ -28,7 +28,7 @@ BASELINES = ("dense", "te-bf16")
 
 def table(rows: Sequence[Row]) -> str:
     """A line per shape and variant."""
-    header = ["shape", "variant", "tokens/s", "against dense", "ms/step (quartiles)", "peak GiB", "MFU", "loss"]
+    header = ["shape", "variant", "tokens/s/GPU", "against dense", "ms/step (quartiles)", "peak GiB", "MFU", "loss"]
     header += ["micro-batch", "CUDA graph"]
     lines = []
     for row in best(rows):

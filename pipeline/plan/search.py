@@ -20,9 +20,9 @@ from pipeline.config_checks import find_violations
 from pipeline.config_loader import differences
 from pipeline.plan.layout import Layout
 from pipeline.plan.links import Traffic
-from pipeline.plan.memory import GIB, memory
+from pipeline.plan.memory import GIB, in_torch, memory
 from pipeline.plan.model_costs import Layers, model_layers
-from pipeline.plan.rates import Rates
+from pipeline.plan.rates import Rates, load_rates
 from pipeline.plan.step_time import step_time
 from pipeline.sizes import BF16_PEAK_FLOPS, flops_per_token
 
@@ -107,6 +107,16 @@ def supported(config: Config) -> Config:
             raise ValueError(f"{key}={value}: only bf16 training with the fast kernels is estimated, set {key}={right}")
     changes = {} if config.model.vocab_size else {"model.vocab_size": ASSUMED_VOCABULARY}
     return _changed(config, changes | {"run.device": "cuda"})
+
+
+def memory_of_run(config: Config, vocab_size: int, dp: int) -> float | None:
+    """Bytes that torch allocates at the peak of the fullest rank; None for what is not estimated."""
+    try:
+        known = supported(_changed(config, {"model.vocab_size": config.model.vocab_size or vocab_size}))
+    except ValueError:
+        return None
+    known = _changed(known, {"parallel.dp": dp})
+    return in_torch(memory(known, Layout.of(known), model_layers(known), load_rates("h100")))
 
 
 def estimate(config: Config, cluster: Cluster) -> Estimate:

@@ -29,10 +29,12 @@ def to_bf16(device: str) -> Callable[[Tensor], Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def guarded_memory(device: str) -> Iterator[None]:
-    """On the interpreter, a kernel that reads or writes behind a tensor ends the process."""
-    if device == "cuda":
-        yield
+def poisoned_memory(device: str) -> Iterator[None]:
+    """Fresh tensors hold NaN; on the interpreter, a kernel that reads or writes behind one ends the process."""
+    if device == "cpu":
+        with GuardedMemory():
+            yield
         return
-    with GuardedMemory():
-        yield
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

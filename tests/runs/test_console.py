@@ -165,8 +165,10 @@ def test_everything_goes_to_the_log_file_too_and_is_appended(tmp_path: Path) -> 
 
 def test_log_records_go_through_the_console() -> None:
     stream = io.StringIO()
-    handler = RunConsole(9, stream=stream).log_handler()
-    handler.handle(logging.LogRecord("pipeline.tracking", logging.WARNING, "", 0, "MLflow at %s", ("x",), None))
+    logger = logging.getLogger("pipeline.tracking")
+    with RunConsole(9, stream=stream), RunConsole(9, rank=1, stream=stream):
+        logger.warning("MLflow at %s", "x")
+    logger.warning("after the run")
     assert stream.getvalue() == "WARNING pipeline.tracking: MLflow at x\n"
 
 

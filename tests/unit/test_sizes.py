@@ -1,9 +1,19 @@
 """Parameter counts against the paper's model sizes and against hand-counted small models."""
 
+import csv
+import shlex
+from pathlib import Path
+
 import pytest
 
 from pipeline.config import Config
-from pipeline.sizes import flops_per_token, memory_estimate, model_size, peak_flops
+from pipeline.config_loader import load_config
+from pipeline.plan.model_costs import total_parameters
+from pipeline.plan.search import memory_of_run
+from pipeline.reporter import describe_device
+from pipeline.sizes import flops_per_token, model_size, peak_flops
+
+ROOT = Path(__file__).parents[2]
 
 
 def gpt(hidden: int, ffn: int, heads: int, layers: int, **model) -> Config:
@@ -38,14 +48,44 @@ def test_experts_count_whole_and_active() -> None:
     assert size.active_projections == attention + dense + 2 * 2 * expert
 
 
-def test_flops_and_memory_follow_the_formulas() -> None:
+def test_flops_follow_the_formula() -> None:
     config = gpt(64, 128, 4, 2)
     size = model_size(config, 256)
     assert flops_per_token(config, 256) == 6 * (size.projections + 256 * 64) + 12 * 2 * 64 * 256
-    activations = 256 * 4 * 64 * 34 * 4 * 2  # s b h, 34 values of 4 bytes, 2 layers
-    assert memory_estimate(config, 256, dp=1) == 16 * size.total + activations
+
+
+def test_memory_is_that_of_measured_runs() -> None:
+    with (ROOT / "tests/plan/measured.csv").open() as file:
+        rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
+    for row in rows:
+        config = load_config(ROOT / row["config"], shlex.split(row["overrides"]))
+        dp = int(row["gpus"]) // config.parallel.model_size
+        if row["memory_gib"]:
+            estimate = memory_of_run(config, 32000, dp)
+            assert estimate == pytest.approx(float(row["memory_gib"]) * 2**30, rel=0.02), row["name"]
+    assert memory_of_run(Config(training={"precision": "fp32"}), 256, dp=1) is None
+
+
+@pytest.mark.parametrize("recipe", ["moe_demo", "moe_8x1b", "moe_fine_grained", "gpt_1.3b", "quickstart"])
+def test_parameters_of_recipes_are_those_of_the_plan(recipe: str) -> None:
+    config = load_config(ROOT / f"configs/{recipe}.yaml", ["model.vocab_size=32000"])
+    size = model_size(config, 32000)
+    assert size.total == total_parameters(config)
+    assert 0 < size.other < 0.01 * size.projections
 
 
 def test_peak_is_known_for_known_devices_only() -> None:
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989.4e12
     assert peak_flops("Some CPU") is None
+
+
+def test_the_device_line_says_what_computes() -> None:
+    found = {
+        (device, kernels, backend): describe_device(
+            device, Config(run={"kernels": kernels, "backend": backend, "device": "cuda" if device else "cpu"})
+        ).split("; ")
+        for device, kernels, backend in [("", "auto", "auto"), ("H100", "auto", "te"), ("H100", "reference", "local")]
+    }
+    assert found["", "auto", "auto"][2:4] == ["reference kernels", "attention of megatron-core"]
+    assert found["H100", "auto", "te"][:4] == ["H100", "fp32", "Triton kernels", "attention of Transformer Engine"]
+    assert found["H100", "reference", "local"][2:4] == ["reference kernels", "attention of megatron-core"]
