@@ -13,6 +13,7 @@ _BLOCK = 2048
 
 @triton.jit
 def _pack_kernel(codes_ptr, message_ptr, num_codes, num_bytes, BLOCK: tl.constexpr):
+    num_bytes = num_bytes.to(tl.int64)  # 3 num_bytes may leave int32
     unit = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     byte = tl.zeros([BLOCK], tl.int32)
     for field in tl.static_range(4):
@@ -25,6 +26,7 @@ def _pack_kernel(codes_ptr, message_ptr, num_codes, num_bytes, BLOCK: tl.constex
 @triton.jit
 def _unpack_kernel(messages_ptr, starts_ptr, out_ptr, num_bytes, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     rank = tl.program_id(1).to(tl.int64)
+    num_bytes = num_bytes.to(tl.int64)  # 3 num_bytes may leave int32
     unit = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     start = tl.load(starts_ptr + rank)
     count = tl.load(starts_ptr + rank + 1) - start

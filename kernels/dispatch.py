@@ -73,6 +73,9 @@ class Before(NamedTuple):
 class Fused(Protocol):
     """What stands in front of a linear layer, in one pass; bf16 only."""
 
+    def takes(self, features: int, block: int | None) -> bool:
+        """Whether there are kernels for rows of so many features, of which blocks of `block` are sparsified."""
+
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Normalized rows and 1/rms [..., 1]."""
 

@@ -35,7 +35,7 @@ def _gemm_kernel(
     a_desc, b_desc, c_desc, a_scale_ptr, b_scale_ptr, m, n, k,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     A_K_MAJOR: tl.constexpr, B_K_MAJOR: tl.constexpr, A_SCALE: tl.constexpr, B_SCALE: tl.constexpr,
-    INTEGER: tl.constexpr, ACCUMULATE: tl.constexpr, PROGRAMS: tl.constexpr, HALVES: tl.constexpr,
+    INTEGER: tl.constexpr, PROGRAMS: tl.constexpr, HALVES: tl.constexpr,
     SPECIALIZE: tl.constexpr, FLATTEN: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """A_SCALE: 0 none, 1 a vector; B_SCALE: also 2, a single number.  WIDEN: the interpreter cannot multiply bf16."""
@@ -69,16 +69,16 @@ def _gemm_kernel(
             left, right = tl.split(halves)
             _store_tile(
                 left, c_desc, a_scale_ptr, b_scale_ptr, m, n, tile_m, tile_n,
-                BLOCK_M, BLOCK_N // 2, A_SCALE, B_SCALE, ACCUMULATE,
+                BLOCK_M, BLOCK_N // 2, A_SCALE, B_SCALE,
             )  # fmt: skip
             _store_tile(
                 right, c_desc, a_scale_ptr, b_scale_ptr, m, n, tile_m, tile_n + BLOCK_N // 2,
-                BLOCK_M, BLOCK_N // 2, A_SCALE, B_SCALE, ACCUMULATE,
+                BLOCK_M, BLOCK_N // 2, A_SCALE, B_SCALE,
             )  # fmt: skip
         else:
             _store_tile(
                 acc, c_desc, a_scale_ptr, b_scale_ptr, m, n, tile_m, tile_n,
-                BLOCK_M, BLOCK_N, A_SCALE, B_SCALE, ACCUMULATE,
+                BLOCK_M, BLOCK_N, A_SCALE, B_SCALE,
             )  # fmt: skip
 
 
@@ -86,7 +86,6 @@ def _gemm_kernel(
 def _store_tile(
     acc, c_desc, a_scale_ptr, b_scale_ptr, m, n, tile_m, tile_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, A_SCALE: tl.constexpr, B_SCALE: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     values = acc.to(tl.float32)
     row = tile_m + tl.arange(0, BLOCK_M)
@@ -103,8 +102,6 @@ def _store_tile(
         values = values * tl.load(b_scale_ptr + column, mask=column < n, other=0.0)[None, :]
     elif B_SCALE == 2:
         values = values * tl.load(b_scale_ptr)
-    if ACCUMULATE:
-        values += c_desc.load([tile_m, tile_n]).to(tl.float32)
     c_desc.store([tile_m, tile_n], values.to(c_desc.dtype))
 
 
@@ -141,16 +138,19 @@ CONFIGS_16_BIT = [
 _CONFIGS_INTERPRETED = [config(16, 32, 32, warps=1, stages=1, flatten=False, halves=True, group=2)]
 
 
-def tuned(configs: list[triton.Config]) -> Any:
-    """The kernel with the fastest of `configs` per shape; the choice is kept in Triton's cache folder."""
-    choices = _CONFIGS_INTERPRETED if INTERPRETED else configs
-    return triton.autotune(
-        configs=choices, key=["m", "n", "k", "A_K_MAJOR", "B_K_MAJOR", "ACCUMULATE"], cache_results=True
-    )(_gemm_kernel)
+def tuned(configs: list[triton.Config], do_bench: Any = None) -> Any:
+    """The kernel with the fastest of `configs` per shape; each process finds it anew, as Triton keeps none with hooks.
+
+    Args:
+        configs: what is tried.
+        do_bench: how launches are timed; None: as Triton does.
+    """
+    key = ["m", "n", "k", "A_K_MAJOR", "B_K_MAJOR"]
+    return triton.autotune(configs=configs, key=key, do_bench=do_bench)(_gemm_kernel)
 
 
-_gemm_8_bit = tuned(CONFIGS_8_BIT)
-_gemm_16_bit = tuned(CONFIGS_16_BIT)
+_gemm_8_bit = tuned(_CONFIGS_INTERPRETED if INTERPRETED else CONFIGS_8_BIT)
+_gemm_16_bit = tuned(_CONFIGS_INTERPRETED if INTERPRETED else CONFIGS_16_BIT)
 
 
 def gemm(
@@ -197,15 +197,17 @@ def gemm(
             a_scale=_scale(a_scale, (m,), "a_scale"), b_scale=_scale(b_scale, (n, 1), "b_scale"),
         )  # fmt: skip
         return c
+    # While configurations are tried a launch is many: none of them may add to C.
+    product = torch.empty(m, n, dtype=torch.float32, device=a.device) if accumulate else c
     launch = kernel or (_gemm_8_bit if a.dtype in BYTES_8 else _gemm_16_bit)
     launch[lambda meta: (min(programs, triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"])),)](
-        _descriptor(a), _descriptor(b), _descriptor(c),
+        _descriptor(a), _descriptor(b), _descriptor(product),
         _scale(a_scale, (m,), "a_scale"), _scale(b_scale, (n, 1), "b_scale"), m, n, k,
-        A_K_MAJOR=a_k_major, B_K_MAJOR=b_k_major, INTEGER=a.dtype == torch.int8, ACCUMULATE=accumulate,
+        A_K_MAJOR=a_k_major, B_K_MAJOR=b_k_major, INTEGER=a.dtype == torch.int8,
         A_SCALE=0 if a_scale is None else 1, B_SCALE=0 if b_scale is None else 2 if b_scale.numel() == 1 else 1,
         PROGRAMS=programs, WIDEN=INTERPRETED and a.dtype not in BYTES_8,
     )  # fmt: skip
-    return c
+    return c.add_(product) if accumulate else c
 
 
 @cache

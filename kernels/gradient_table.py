@@ -7,6 +7,7 @@ CUDA graph of a step may copy nothing from the host, and hundreds of experts tak
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class GradientTable:
         """Check the buffers and note their addresses.
 
         Raises:
-            ValueError: one of them has another type, shape or device, has gaps, or is not aligned.
+            ValueError: one of them has another type, shape or device, or gaps.
         """
         first = buffers[0]
         for expert, buffer in enumerate(buffers):
@@ -39,18 +40,25 @@ class GradientTable:
                 raise ValueError(f"{name}: shape {list(buffer.shape)}, expected [O, D] as main_grads[0] has it")
             if buffer.device != first.device:
                 raise ValueError(f"{name} is on {buffer.device}, main_grads[0] on {first.device}")
-            if not buffer.is_contiguous() or buffer.data_ptr() % ALIGNMENT:
-                raise ValueError(f"{name} is not contiguous, or its address no multiple of {ALIGNMENT} bytes")
+            if not buffer.is_contiguous():
+                raise ValueError(f"{name} is not contiguous")
         addresses = torch.tensor([buffer.data_ptr() for buffer in buffers]).to(first.device)
         return cls(tuple(buffers), addresses)
+
+    @cached_property
+    def is_aligned(self) -> bool:
+        """Whether kernels can add to all of them; without the distributed optimizer megatron-core leaves no gaps."""
+        return all(buffer.data_ptr() % ALIGNMENT == 0 for buffer in self.buffers)
 
     def addresses_for(self, num_experts: int, rows: int, columns: int) -> Tensor:
         """The addresses of `num_experts` gradients [rows, columns].
 
         Raises:
-            ValueError: there are as many others.
+            ValueError: there are others, or one of them does not start at a multiple of 16 bytes.
         """
         found = (len(self.buffers), *self.buffers[0].shape)
         if found != (num_experts, rows, columns):
             raise ValueError(f"main_grads: [E, O, D] = {list(found)}, expected {[num_experts, rows, columns]}")
+        if not self.is_aligned:
+            raise ValueError(f"main_grads: an address is no multiple of {ALIGNMENT} bytes")
         return self.addresses

@@ -1,5 +1,7 @@
 """`dispatch.Kernels` on a GPU: which Triton kernels make up each operation, and when the reference steps in."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as dense_linear
@@ -87,6 +89,10 @@ class TritonKernels:
 class FusedKernels:
     """`dispatch.Fused` in Triton."""
 
+    def takes(self, features: int, block: int | None) -> bool:
+        """See `Fused.takes`."""
+        return _fits_one_pass(features, block)
+
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See `Fused.rms_norm`."""
         return rms_norm(_rows(x), gain, eps)
@@ -112,8 +118,7 @@ class ShardedKernels:
 
     def takes(self, dtype: torch.dtype, features: int, block: int | None) -> bool:
         """See `Sharded.takes`."""
-        fits = dtype != torch.float64 and features <= fused.MAX_FEATURES
-        return fits and (block is None or (1 < block <= MAX_BLOCK and features % block == 0))
+        return dtype != torch.float64 and _fits_one_pass(features, block)
 
     def row_sums(self, x: Tensor, before: Before) -> Tensor:
         """See `Sharded.row_sums`."""
@@ -232,13 +237,23 @@ class FastBackward:
         """See `Backward.wgrad`; `x_scale` is the one given before."""
         x_DT = gradients.transposed_input(x.flatten(0, -2), self._x_scale, self._grad)
         inverse = None if self._inside is None else 1.0 / self._inside
-        dw = gemm(self._grad.transposed_OT, x_DT, a_scale=inverse, b_scale=self._grad.common, out=main_grad)
-        return dw if main_grad is None else None
+        product = partial(gemm, self._grad.transposed_OT, x_DT, a_scale=inverse, b_scale=self._grad.common)
+        if main_grad is None:
+            return product()
+        if unaligned(main_grad):
+            main_grad.add_(product(dtype=torch.float32))
+        else:
+            product(out=main_grad)
+        return None
 
 
 def _rows(x: Tensor) -> Tensor:
     """`x` so that one stride reaches all its rows."""
     return x if x.stride(-1) == 1 and (x.dim() <= 2 or x.is_contiguous()) else x.contiguous()
+
+
+def _fits_one_pass(features: int, block: int | None) -> bool:
+    return features <= fused.MAX_FEATURES and (block is None or (1 < block <= MAX_BLOCK and features % block == 0))
 
 
 def _fits(weight: Tensor) -> bool:

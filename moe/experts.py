@@ -36,8 +36,19 @@ class QSparseSequentialMLP(SequentialMLP):
         Returns:
             [T, hidden] weighted by the probabilities, and no bias.
         """
+        self._await_weights()
         output = self.outputs(tokens, tokens_per_expert)
         return weigh(output, probs, self.local_experts[0].linear_fc2.kernels.fused), None
+
+    def _await_weights(self) -> None:
+        """Run the forward pre-hooks of the layers, which are not all called: overlapped gathers of weights end there.
+
+        Hooks that run once more when a layer is called find their gather done.
+        """
+        for expert in self.local_experts:
+            for layer in (expert.linear_fc1, expert.linear_fc2):
+                for hook in layer._forward_pre_hooks.values():
+                    hook(layer, ())
 
     def outputs(self, tokens: ExpertInput, tokens_per_expert: Tensor) -> Tensor:
         """Unweighted outputs [T, hidden]; an expert without tokens runs, too, since its ranks may communicate."""

@@ -23,7 +23,7 @@ class GroupedFused:
 
     def __init__(self, fused: Fused, offsets: Tensor) -> None:
         self._fused, self._offsets = fused, offsets
-        self.rms_norm, self.activate = fused.rms_norm, fused.activate
+        self.rms_norm, self.activate, self.takes = fused.rms_norm, fused.activate, fused.takes
 
     def sparsify(
         self, x: Tensor, kept: int | None, block: int | None, before: Before

@@ -120,8 +120,8 @@ class _Stack:
         found = [buffer for buffer in buffers if buffer is not None]
         known = self._main_grads
         if known is None or any(new is not old for new, old in zip(found, known.buffers, strict=True)):
-            self._main_grads = GradientTable.of(found)
-        return self._main_grads
+            self._main_grads = known = GradientTable.of(found)
+        return known if known.is_aligned else None
 
 
 def _grouped_linear(

@@ -86,9 +86,13 @@ class Learner:
         self.consumed_samples = 0
         """Sequences trained on so far."""
 
-    def continue_from(self, consumed_samples: int) -> None:
-        """Go on with the first sample not yet trained on, also if the global batch size was another one before."""
+    def continue_from(self, step: int, consumed_samples: int) -> None:
+        """Go on with the first sample not yet trained on, also if the global batch size was another one before.
+
+        Until the next step the schedules stand where the step that made the weights left them, for an evaluation.
+        """
         self.consumed_samples = consumed_samples
+        self.model.schedule.step = max(0, step - 1)
 
     def step(self, step: int, *, stop: bool = False) -> StepResult:
         """One optimizer step on the next global batch of samples.
@@ -166,7 +170,8 @@ class Learner:
         if self._gather is not None:
             self._gather.refresh(version)
             return
-        if self.world.device.type != "cuda" or self.config.parallel.overlap_param_gather:
+        is_reference = self.world.device.type != "cuda" or self.config.run.kernels == "reference"
+        if is_reference or self.config.parallel.overlap_param_gather:
             return
         if self._ternary is None:
             ternary = importlib.import_module("qsparse_layers.ternary")  # needs Triton

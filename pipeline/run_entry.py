@@ -122,7 +122,7 @@ def open_run(path: Path) -> Iterator[OpenRun]:
             check_fits(progress, model_shape(config, data.vocab_size), folder)
         learner = Learner(config, world, data.train, data.vocab_size, eod_id=data.eod_id, bad_chunks=data.bad_chunks)
         load(folder, learner.chunks, None)
-        learner.model.schedule.step = progress.step
+        learner.continue_from(progress.step, progress.consumed_samples)
         yield OpenRun(
             *(
                 config,

@@ -153,7 +153,7 @@ class Trainer:
     def _load(self, start: StartingPoint) -> None:
         if start.resume is not None:
             load(start.resume, self.learner.chunks, self.learner.optimizer)
-            self.learner.continue_from(start.progress.consumed_samples)
+            self.learner.continue_from(start.progress.step, start.progress.consumed_samples)
             if self.data.bad_chunks is not None:
                 self.data.bad_chunks.merge(start.progress.bad_chunks)
         elif start.weights is not None:

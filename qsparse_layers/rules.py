@@ -72,10 +72,10 @@ def configure_layers(
         head_dim: features of one head.
         gated: whether `linear_fc1` is a fused gate/up weight.
     """
-    layers = []
+    layers, fused = [], kernels.fused
     for path, module in global_paths(model):
         if isinstance(module, RMSNorm):
-            module.fused = kernels.fused
+            module.fused = fused if fused is not None and fused.takes(len(module.weight), None) else None
         if not isinstance(module, QSparseLinearMixin):
             continue
         layout = layer_format(config, path)

@@ -29,7 +29,7 @@ class ShardedFused:
 
     def __init__(self, fused: Fused, sharded: Sharded, group: dist.ProcessGroup, *, across_ranks: bool) -> None:
         self._fused, self._sharded, self._group, self._across_ranks = fused, sharded, group, across_ranks
-        self.activate = fused.activate
+        self.activate, self.takes = fused.activate, fused.takes
 
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See `Fused.rms_norm`."""
@@ -74,10 +74,10 @@ def fused_for(
         group: ranks that share the rows; None: this one has them alone.
     """
     fused, sharded = kernels.fused, kernels.sharded
-    if fused is None or group_size(group) == 1:
-        return fused
-    assert group is not None
     block = layout.block_size if layout.pattern == "block" else None
+    if fused is None or group_size(group) == 1:
+        return fused if fused is not None and fused.takes(features, block) else None
+    assert group is not None
     if sharded is None or not sharded.takes(dtype, features, block):
         return None
     return ShardedFused(fused, sharded, group, across_ranks=layout.topk_scope == "global")

@@ -78,7 +78,7 @@ def resumed_results(config: Config, folder: Path) -> dict[str, Any]:
     learner, saved = new_learner(config), Checkpoints(folder, config.checkpoint).require_latest()
     load(saved, learner.chunks, learner.optimizer)
     progress = read_progress(saved)
-    learner.continue_from(progress.consumed_samples)
+    learner.continue_from(progress.step, progress.consumed_samples)
     losses = [learner.step(step).loss for step in range(progress.step, config.training.steps)]
     learner.close()
     return {"losses": losses, **outcome(learner)}

@@ -61,3 +61,11 @@ def test_other_types_and_sizes_are_refused() -> None:
         messages.unpack(packed[:1], codes(30))
     with pytest.raises(ValueError, match=r"out is torch.int8 \[31\], expected int8 \[30\]"):
         messages.unpack(packed, codes(31))
+
+
+def test_fields_of_a_long_message_lie_beyond_what_32_bits_count(device: str) -> None:
+    """4 GB of codes in 1 GB of message: of 16 codes, all are in the first field."""
+    given = codes(16).to(device)
+    message = torch.full((2048,), 99, dtype=torch.uint8, device=device)
+    code_messages_triton._pack_kernel[(1,)](given, message, 16, 1_000_000_000, BLOCK=2048, num_warps=4)
+    assert torch.equal(message[:16], (given & 3).to(torch.uint8)) and not message[16:].any()

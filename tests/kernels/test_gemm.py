@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.gemm import gemm
+from kernels.gemm import config, gemm, tuned
 
 SHAPES = [(63, 48, 112), (1, 16, 16), (100, 1008, 160), (130, 272, 64)]
 LARGE = [(1000, 2048, 4096), (8192, 4096, 4096), (777, 1024, 14336)]
@@ -111,3 +111,16 @@ def test_bad_input_is_refused_before_the_launch(device: str) -> None:
         gemm(x, weight, a_scale=torch.ones(3, device=device))
     with pytest.raises(ValueError, match="may leave float32"):
         gemm(torch.zeros(1, 2**17, dtype=torch.int8), torch.zeros(16, 2**17, dtype=torch.int8))
+
+
+def test_configurations_that_are_tried_add_nothing(device: str) -> None:
+    """The autotuner launches each of several configurations, as often as it likes, for every new size."""
+    if device == "cuda":
+        pytest.skip("tries configurations for real")
+    tries = [config(16, n, 32, warps=1, stages=1, flatten=False, group=2) for n in (16, 32)]
+    kernel = tuned(tries, do_bench=lambda call, quantiles: [call() or 1.0 for _ in range(3)])
+    for terms in (64, 64, 32):
+        out = torch.full((16, 32), 0.5)
+        ones = torch.ones(32, terms, dtype=torch.bfloat16)
+        gemm(ones[:16], ones, out=out, kernel=kernel)
+        assert (out == terms + 0.5).all()

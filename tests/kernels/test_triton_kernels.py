@@ -1,6 +1,7 @@
 """The linear layer on Triton's kernels against the reference path: exact and 8-bit backward, fused fronts, one norm."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from kernels.triton_kernels import TritonKernels, WeightExpander
 from qsparse_layers.config import LinearFormat
 from qsparse_layers.functional import qsparse_linear
 from qsparse_layers.linear_call import Front, LinearCall, Operand, TernaryCache, WeightParts
+from qsparse_layers.mlp import activate
 from qsparse_layers.norm import RMSNorm, rms_norm
+from qsparse_layers.sharded import fused_for
 
 TOPK = LinearFormat(sparsity=0.5, weights="ternary", activations="int8")
 FORMATS = {
@@ -174,3 +177,34 @@ def test_the_choice_of_kernels() -> None:
     )  # multiplies by the codes, there is nothing to save
     with pytest.raises(ValueError, match=r"run.kernels=triton needs a GPU, this run is on cpu"):
         kernels_for("cpu", "triton")
+
+
+def test_rows_and_blocks_beyond_the_one_pass_kernels_go_elsewhere(device: str) -> None:
+    """The limits of `fused` are not those of a layer, which then computes step by step."""
+    kernels = TritonKernels()
+    assert kernels.fused is not None and kernels.sharded is not None
+    blocks = TOPK.model_copy(update={"pattern": "block", "block_size": 128})
+    for layout, features, fits in [(TOPK, 16384, True), (TOPK, 18432, False), (blocks, 256, False)]:
+        assert (fused_for(kernels, layout, torch.bfloat16, features, None) is not None) == fits
+    x = draw(1, 2 * 18432, device=device)
+    hidden = activate(
+        x, SimpleNamespace(gated_linear_unit=True, activation_func=torch.nn.functional.silu), kernels.fused
+    )
+    gate, up = x.chunk(2, -1)
+    assert torch.equal(hidden, torch.nn.functional.silu(gate) * up)
+
+
+def test_a_weight_gradient_is_added_wherever_its_buffer_begins(device: str) -> None:
+    grad, x_scale = draw(32, 64, device=device), torch.rand(32, 1, device=device)
+    weight = torch.randint(-1, 2, (64, 32), dtype=torch.int8, device=device)
+    x = torch.randint(-9, 10, (32, 32), dtype=torch.int8, device=device)
+    found = []
+    for start in (0, 2):  # elements of 4 bytes; kernels want multiples of 16 bytes
+        main_grad = torch.ones(64 * 32 + 8, device=device)[start : start + 64 * 32].view(64, 32)
+        backward = TritonKernels().backward(
+            grad, weight, weight_scale=torch.ones(1, device=device), x_scale=x_scale, e4m3=True
+        )
+        assert backward.wgrad(x, x_scale, main_grad) is None
+        found.append(main_grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-5)
+    assert (found[0] != 1).any()

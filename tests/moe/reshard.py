@@ -39,7 +39,7 @@ def _steps(config: Config, folder: Path, *, saves: bool) -> list[float]:
             checkpoints.save(learner.chunks, learner.optimizer, Progress(BEFORE, learner.consumed_samples))
         else:
             load(checkpoints.require_latest(), learner.chunks, learner.optimizer)
-            learner.continue_from(BEFORE * config.training.global_batch_size)
+            learner.continue_from(BEFORE, BEFORE * config.training.global_batch_size)
         return [learner.step(step).loss for step in range(BEFORE, BEFORE + AFTER)]
     finally:
         learner.close()

@@ -16,6 +16,8 @@ from tests.testing import torchrun
 
 GATHER = {**CLASSIC, "dispatcher": "allgather"}
 EP, TP = {"ep": 2}, {"tp": 2, "sequence_parallel": True}
+OVERLAP = {"distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+"""With more replicas than experts are spread over, each gathers weights of experts from others."""
 
 REFERENCES = {
     "classic": case(FULL, "fp64", CLASSIC),
@@ -39,6 +41,8 @@ LAYOUTS = {
         "fine:ep2-allgather": case(FULL, "fp64", {**FINE, "dispatcher": "allgather"}, EP, steps=6),
         "no_sub_norm:ep2-capacity": case(NO_SUB_NORM, "fp64", CAPACITY, EP, steps=10),
         "dense-fp32:ep2": case(DENSE, "fp32", CLASSIC, EP),
+        "classic:dp2-overlap": case(FULL, "fp64", CLASSIC, OVERLAP),
+        "classic:dp2-overlap-grouped": case(FULL, "fp64", {**CLASSIC, "execution": "grouped"}, OVERLAP),
     },
     4: {
         "classic:ep2-tp2-alltoall": case(FULL, "fp64", CLASSIC, {**EP, **TP, "etp": 1}),

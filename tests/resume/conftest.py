@@ -19,6 +19,7 @@ from pipeline.data.loader import WindowDataset, open_windows
 from tests.resume.recipe import RunFiles, write_config
 from tests.testing import torchrun
 
+WARM_UPS = [f"model.qsparse.{name}_warmup.steps=8" for name in ("quantization", "sparsity")]
 FP64 = ("training.precision=fp64", "optimizer.clip_grad=0")
 DENSE = tuple(f"model.qsparse.{key}" for key in ("sparsity=0", "weights=full", "activations=full", "sub_norm=false"))
 BF16 = ("training.precision=bf16",)
@@ -120,6 +121,8 @@ def _one_process(launcher: Launcher, folder: Path) -> None:
     launcher.add("plain", *FP64)
     launcher.add("dense", *DENSE, *ZERO)
     launcher.add("batch", *FP64, "training.global_batch_size=16", kill=("plain", 4))
+    launcher.add("warm", *FP64, *WARM_UPS)
+    launcher.add("warm-last-moment", *FP64, *WARM_UPS, kill=("warm", 8))
     mlflow = ("tracking.mlflow=true", f"tracking.uri=sqlite:///{folder / 'mlflow.db'}", "checkpoint.interval=4")
     launcher.add("mlflow", *mlflow, key="mlflow-first")
     launcher.add("mlflow", *mlflow, kill=("mlflow", 4))

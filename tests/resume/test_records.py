@@ -1,6 +1,7 @@
 """Which checkpoints stay, what a finished run says, and what MLflow shows of a resumed one."""
 
 import json
+import re
 import sqlite3
 
 from tests.resume.conftest import Starts
@@ -38,6 +39,12 @@ def test_a_run_killed_in_its_last_moment_ends_without_a_second_evaluation_on_rec
     assert (run.status["state"], run.status["step"]) == ("completed", 8)
     assert run.val_losses == starts.run("plain").val_losses
     assert len(run.losses) == 8
+
+
+def test_an_evaluation_right_after_a_resume_quantizes_as_the_run_did(starts: Starts) -> None:
+    outputs = [starts.results[name].outputs[0] for name in ("warm", "warm-last-moment")]
+    losses = [re.findall(r"val loss +([0-9.]+)", output) for output in outputs]
+    assert len(losses[0]) == 1 and losses[1] == losses[0]
 
 
 def test_mlflow_goes_on_with_the_same_run(starts: Starts) -> None:
