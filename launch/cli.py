@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("QSPARSE_TRACEBACK"):
             raise
         print(f"qsparse: {error}", file=sys.stderr)

@@ -8,9 +8,9 @@ validation.  What a single job is (how many nodes, which sweep) is no part of it
 import difflib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
 
 from pipeline import yaml12
 from qsparse_layers.config import StrictModel
@@ -20,6 +20,14 @@ EnvironmentName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Option = Annotated[str, Field(pattern=r"^--[a-z][A-Za-z0-9-]*(=.+)?$")]
 
 PROFILE_FOLDER = Path("configs/clusters")
+
+
+def _seconds(time: SlurmTime) -> int:
+    """minutes[:seconds], hours:minutes:seconds, or days-hours[:minutes[:seconds]]."""
+    days, dash, rest = time.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
 
 
 class ClusterError(ValueError):
@@ -105,6 +113,15 @@ class ClusterProfile(StrictModel):
     def ranks_per_node(self) -> int:
         """Ranks of a node."""
         return self.processes_per_node or self.gpus_per_node or 1
+
+    @model_validator(mode="after")
+    def _time_to_train(self) -> Self:
+        if (limit := _seconds(self.time)) <= self.signal_seconds:
+            raise ValueError(
+                f"time={self.time} is {limit} s and signal_seconds={self.signal_seconds}: ranks would be asked to "
+                "save as soon as they start; raise time or lower signal_seconds"
+            )
+        return self
 
     @field_validator("setup", "modules", "exclude", mode="after")
     @classmethod

@@ -135,6 +135,8 @@ def _torchrun(arguments: argparse.Namespace) -> int:
 
 
 def _slurm(arguments: argparse.Namespace) -> int:
+    if arguments.array_limit is not None and (arguments.array_limit < 1 or not arguments.sweep):
+        raise ValueError(f"--array-limit {arguments.array_limit}: at least 1 is expected, together with --sweep")
     request = Request(
         config=arguments.config,
         overrides=only_overrides([*arguments.overrides, *arguments.rest]),

@@ -6,6 +6,7 @@ here both the database and the artifacts are named by absolute paths.
 
 import argparse
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,24 @@ def mlflow_command(root: Path, host: str, port: int) -> list[str]:
     return [sys.executable, "-m", "mlflow", "server", *store, *artifacts, *network]
 
 
+def _check_free(host: str, port: int) -> None:
+    """The server itself ends with 0 when it cannot listen.
+
+    Raises:
+        ValueError: nothing can listen there.
+    """
+    if not 1 <= port <= 65535:
+        raise ValueError(f"--port {port}: 1 to 65535 is expected")
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
+
+
 def _mlflow(arguments: argparse.Namespace) -> int:
     command = mlflow_command(arguments.root, arguments.host, arguments.port)
+    _check_free(arguments.host, arguments.port)
     print(f"MLflow on http://{arguments.host}:{arguments.port}", flush=True)
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     # Eight processes that evaluate language models; without them the server is there in a quarter of the time.

@@ -33,16 +33,19 @@ examples:
   torchrun --nnodes 2 --nproc-per-node 8 ... -m launch train configs/gpt_7b.yaml parallel.dp=4
 """
 _GENERATE_EPILOG = """\
-Further options go to pipeline.generate.
+KEY=VALUE replaces what the run's configuration says, such as the place of a dataset that has moved.
+Further: --temperature T (default: 0.8; 0 takes the most likely token), --seed N of the draws.
 
-example:
+examples:
   qsparse generate runs/quickstart --prompt "def main(" --tokens 64
+  qsparse generate runs/quickstart --prompt "def main(" --temperature 0 data.path=/elsewhere/stdlib
 """
 _EVALUATE_EPILOG = """\
-Further options go to pipeline.evaluate.
+KEY=VALUE replaces what the run's configuration says, such as the place of a dataset that has moved.
 
-example:
+examples:
   qsparse evaluate runs/quickstart
+  qsparse evaluate runs/quickstart data.path=/elsewhere/stdlib
 """
 
 
@@ -114,7 +117,9 @@ def _start_on_run(module: str, options: Sequence[str], arguments: argparse.Names
     run = RunDirectory(arguments.run_directory)
     if not run.config.is_file():
         raise ValueError(f"{run.path} is not the directory of a run: it has no {run.config.name}")
-    return _start(module, [str(run.path), *options], load_config(run.config), arguments.nproc)
+    overrides = [option for option in arguments.rest if "=" in option and not option.startswith("-")]
+    config = load_config(run.config, overrides)
+    return _start(module, [str(run.path), *options], config, arguments.nproc)
 
 
 def _start(

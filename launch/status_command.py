@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -95,7 +96,12 @@ def _status(arguments: argparse.Namespace) -> int:
     given = [find_run(path, arguments.root) for path in arguments.runs] or _runs_below(arguments.root)
     if not given:
         raise ValueError(f"--root {arguments.root} holds no runs")
-    found = [run_status(run) for run in dict.fromkeys(run for path in given for run in _members(path))]
+    runs = list(dict.fromkeys(run for path in given for run in _members(path)))
+    found, problems = _readable(runs)
+    for problem in problems:
+        print(f"qsparse: {problem}", file=sys.stderr)
+    if not found:
+        return 2
     if arguments.json:
         print("\n".join(map(as_json, found)))
     elif len(found) == 1:
@@ -103,6 +109,17 @@ def _status(arguments: argparse.Namespace) -> int:
     else:
         Console(highlight=False).print(_table(found))
     return 0
+
+
+def _readable(runs: list[Path]) -> tuple[list[RunStatus], list[str]]:
+    """One run with damaged files must not hide the others."""
+    found, problems = [], []
+    for run in runs:
+        try:
+            found.append(run_status(run))
+        except ValueError as error:
+            problems.append(str(error))
+    return found, problems
 
 
 def _table(found: list[RunStatus]) -> Table:

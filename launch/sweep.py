@@ -49,6 +49,8 @@ def _axis(sweep: str) -> tuple[str, list[str]]:
     values = _split(text)
     if not equals or not key or not all(values):
         raise ValueError(f"--sweep {sweep}: KEY=VALUE,VALUE... is expected, e.g. model.qsparse.sparsity=0.0,0.4,0.6")
+    if key == "run.name":
+        raise ValueError(f"--sweep {sweep}: runs of a sweep are named by what differs; sweep another key")
     return key, values
 
 

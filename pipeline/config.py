@@ -32,7 +32,7 @@ class RunConfig(Section):
     """Name of the run: its directory under `run.root` and its MLflow run name.  The same name resumes the run."""
     root: Path = Path("runs")
     """Folder that holds all run directories and the embedded MLflow store."""
-    seed: NonNegativeInt = 1234
+    seed: int = Field(1234, ge=0, lt=2**62)
     """Seed of weight initialization and dropout; initial weights do not depend on the parallel layout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`auto` takes CUDA where there is one; `cpu` runs megatron-core over gloo."""
@@ -226,7 +226,7 @@ class DataConfig(Section):
     """Several datasets and their weights, instead of `path`."""
     phases: tuple[PhaseConfig, ...] = ()
     """Changes of weights, sequence length or batch size on the way, in order."""
-    seed: NonNegativeInt = 0
+    seed: int = Field(0, ge=0, lt=2**62)
     """Seed of the sample order."""
     shuffle: Literal["auto", "windows", "chunks"] = "auto"
     """`windows`: random access; `chunks`: each chunk is read from front to back by one rank; `auto`: chunks above 2^27

@@ -43,7 +43,7 @@ class Summary:
         state: completed, stopped or failed.
         reason: One sentence, as in status.json.
         step: Optimizer steps done.
-        tokens: Tokens trained on.
+        tokens: Tokens trained on in this start.
         seconds: Wall time of this start.
         vocab_size: Token ids of the model; ln of it is the loss of a uniform guess.
         run_directory: Where everything is.
@@ -51,6 +51,7 @@ class Summary:
         sample: Generated text; empty if none.
         tracking: How to see the run in MLflow; empty without tracking.
         undelivered: Values that MLflow does not have.
+        first_step: Steps done before this start.
     """
 
     state: str
@@ -64,6 +65,7 @@ class Summary:
     sample: str = ""
     tracking: str = ""
     undelivered: int = 0
+    first_step: int = 0
 
 
 class RunConsole:
@@ -252,7 +254,9 @@ def printable(text: str) -> str:
 
 def _summary_lines(summary: Summary) -> Iterator[tuple[str, str]]:
     speed = f", {count(summary.tokens / summary.seconds)} tokens/s" if summary.seconds > 0 else ""
-    yield "trained", f"{summary.step:,} steps, {count(summary.tokens)} tokens in {duration(summary.seconds)}{speed}"
+    steps = f"{summary.step - summary.first_step:,} steps"
+    steps += f" (to step {summary.step:,})" if summary.first_step else ""
+    yield "trained", f"{steps}, {count(summary.tokens)} tokens in {duration(summary.seconds)}{speed}"
     if summary.val_loss is not None:
         uniform = math.log(summary.vocab_size)
         reached = f"loss {summary.val_loss:.4f} nats per token, perplexity {perplexity(summary.val_loss):.2f}"

@@ -13,11 +13,12 @@ def main() -> None:
     """Load the newest checkpoint of a run, measure it, print one JSON object."""
     parser = argparse.ArgumentParser(prog="qsparse evaluate", description="Held-out loss of a run's newest checkpoint.")
     parser.add_argument("run_dir", type=Path, help="run directory")
-    run_ranks(lambda: _evaluate(parser.parse_args().run_dir))
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the run's configuration")
+    run_ranks(lambda: _evaluate(parser.parse_args()))
 
 
-def _evaluate(run_dir: Path) -> None:
-    with open_run(run_dir) as run:
+def _evaluate(options: argparse.Namespace) -> None:
+    with open_run(options.run_dir, options.overrides) as run:
         run.sparsity.start()
         loss = run.learner.evaluate(run.data.val)
         layers = run.sparsity.stop()

@@ -64,16 +64,19 @@ def main() -> None:
     """Load the newest checkpoint of a run and print a continuation."""
     parser = argparse.ArgumentParser(prog="qsparse generate", description="Continue a prompt with a trained model.")
     parser.add_argument("run_dir", type=Path, help="run directory")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of the run's configuration")
     parser.add_argument("--prompt", default="def ", help="text to continue")
     parser.add_argument("--tokens", type=int, default=64, help="tokens to generate")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token")
     parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
+    if options.tokens < 1:
+        parser.error(f"--tokens {options.tokens}: at least 1 is expected")
     run_ranks(lambda: _continue(options))
 
 
 def _continue(options: argparse.Namespace) -> None:
-    with open_run(options.run_dir) as run:
+    with open_run(options.run_dir, options.overrides) as run:
         text = generate(
             *(run.learner.engine, load_tokenizer(run.data.tokenizer_path), options.prompt, options.tokens),
             seq_length=run.config.training.seq_length,

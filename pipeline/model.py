@@ -204,6 +204,13 @@ def _is_for_users(record: logging.LogRecord) -> bool:
 
 
 def _kernels(config: Config) -> Kernels:
+    try:
+        return _chosen_kernels(config)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _chosen_kernels(config: Config) -> Kernels:
     if uses_cpu(config.run.device):
         return kernels_for("cpu", config.run.kernels)
     qsparse, capability = config.model.qsparse, torch.cuda.get_device_capability()

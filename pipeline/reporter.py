@@ -203,6 +203,7 @@ class Reporter:
                 state=state,
                 reason=reason,
                 step=self.step_done,
+                first_step=self.first_step,
                 tokens=self._last_tokens - self._first_tokens,
                 seconds=time.perf_counter() - self._started,
                 vocab_size=self.vocab_size,

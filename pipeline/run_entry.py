@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,17 +99,21 @@ def _quiet_libraries() -> None:
 
 
 @contextmanager
-def open_run(path: Path) -> Iterator[OpenRun]:
+def open_run(path: Path, overrides: Sequence[str] = ()) -> Iterator[OpenRun]:
     """The newest checkpoint of the run in `path`, under the run's own layout; collective.
 
+    Args:
+        path: the run's directory.
+        overrides: KEY=VALUE of its configuration, such as the path of a dataset that has moved.
+
     Raises:
-        ConfigError: `path` holds no configuration.
+        ConfigError: `path` holds no configuration, or an override is wrong.
         UserError: there is no complete checkpoint, or the dataset is missing or damaged.
     """
     directory = RunDirectory(path)
-    config = load_config(directory.config)
+    config = load_config(directory.config, overrides)
     prepare_process(config)
-    from pipeline.checkpoint import Checkpoints, check_fits, load, model_shape, read_progress
+    from pipeline.checkpoint import Checkpoints, check_files, check_fits, load, model_shape, read_progress
     from pipeline.learner import Learner
     from pipeline.sparsity import SparsityMeter
     from pipeline.start import open_data
@@ -120,6 +124,7 @@ def open_run(path: Path) -> Iterator[OpenRun]:
         with agreement():
             progress = read_progress(folder)
             check_fits(progress, model_shape(config, data.vocab_size), folder)
+            check_files(progress, folder)
         learner = Learner(config, world, data.train, data.vocab_size, eod_id=data.eod_id, bad_chunks=data.bad_chunks)
         load(folder, learner.chunks, None)
         learner.continue_from(progress.step, progress.consumed_samples)

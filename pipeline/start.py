@@ -168,6 +168,11 @@ def _find_start(config: Config, directory: RunDirectory, data: Datasets) -> Star
         resolve_phases(config).check_steps_from(progress.consumed_samples)
         check_files(progress, folder)
         is_complete = progress.step >= config.training.steps and status["state"] == "completed"
+        if progress.step > config.training.steps and not is_complete:
+            raise UserError(
+                f"run {directory.path} has done {progress.step} steps already, training.steps={config.training.steps}; "
+                f"raise training.steps to {progress.step} or more, or choose another run.name"
+            )
         return StartingPoint(progress, resume=folder, is_complete=is_complete)
     if status["state"] == "completed":
         raise UserError(

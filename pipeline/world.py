@@ -45,7 +45,13 @@ def parallel_world(config: Config) -> Iterator[World]:
         found = f"run.device={config.run.device} found none"
         raise UserError(f"run.cuda_graph=true needs a GPU, and {found}: set run.cuda_graph=false")
     if not cpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= gpus:
+            raise UserError(
+                f"run.device={config.run.device}: process {local_rank} of this machine has no GPU, torch finds {gpus}; "
+                "start one process per GPU (--nproc, parallel.*), or use run.device=cpu"
+            )
+        torch.cuda.set_device(local_rank)
     else:
         torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(config.run.deterministic)

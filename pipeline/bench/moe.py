@@ -23,7 +23,7 @@ from rich.console import Console
 
 from pipeline.bench.machine import machine_lines
 from pipeline.bench.moe_worker import BOUNDS, SHAPES, Job
-from pipeline.bench.results import Row, extend_csv, markdown_table, read_csv, update_page
+from pipeline.bench.results import Row, extend_csv, markdown_table, publish, read_csv, source
 
 BASELINE = "torch._grouped_mm"
 COLUMNS = ("layer", "gpus", "variant", "ms", "q25_ms", "q75_ms", "tokens_per_s_per_gpu", "step_gib", "timed", "speedup")
@@ -45,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for layer in options.layers:
         if layer not in SHAPES:
             parser.error(f"--layers {layer!r}: expected some of {'; '.join(SHAPES)}")
+    if not options.draw and options.device == "cuda":
+        import torch
+
+        if (found := torch.cuda.device_count()) < options.gpus:
+            parser.error(f"--gpus {options.gpus}: found {found} CUDA GPUs (--device cpu --layers tiny runs anywhere)")
     console = Console(soft_wrap=True)
     failed = False if options.draw else _measure(options, console)
     if (options.output / "moe.csv").is_file():
@@ -128,12 +133,9 @@ def _draw(folder: Path, console: Console) -> None:
     figure.savefig(folder / "moe.png", dpi=150)
     table = _table(results.rows)
     console.print(table, markup=False, highlight=False)
-    page = folder.with_suffix(".md")
-    if page.is_file():
-        source = f"{'; '.join(results.head)}. All numbers: [moe.csv]({folder.name}/moe.csv)."
-        picture = f"![One MoE layer]({folder.name}/moe.png)"
-        for name in update_page(page, {"moe": f"{TITLE}.\n\n{table}\n\n{picture}\n\n{source}"}):
-            console.print(f"{page} has no place for '{name}': <!-- bench: {name} --> and <!-- end -->", markup=False)
+    picture = f"![One MoE layer]({folder.name}/moe.png)"
+    fragment = "\n\n".join([f"{TITLE}.", table, picture, source(results.head, folder, "moe")])
+    publish(folder, {"moe": fragment}, console)
 
 
 def _table(rows: Sequence[Row]) -> str:

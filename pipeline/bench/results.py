@@ -18,6 +18,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.console import Console
+
 Row = Mapping[str, str]
 
 
@@ -74,6 +76,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table; the first column is text, the others are numbers."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def source(head: Sequence[str], folder: Path, *names: str) -> str:
+    """Last line of a fragment: the machine, and the CSV files in `folder`."""
+    files = ", ".join(f"[{name}.csv]({folder.name}/{name}.csv)" for name in names)
+    return f"{'; '.join(head)}. All numbers: {files}."
+
+
+def publish(folder: Path, fragments: Mapping[str, str], console: Console) -> None:
+    """Put the fragments on the page of `folder` (docs/performance.md of docs/performance), if there is one."""
+    page = folder.with_suffix(".md")
+    for name in update_page(page, fragments) if page.is_file() else []:
+        console.print(f"{page} has no place for '{name}': <!-- bench: {name} --> and <!-- end -->", markup=False)
 
 
 def update_page(page: Path, fragments: Mapping[str, str]) -> list[str]:

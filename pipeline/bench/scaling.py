@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pipeline.bench.kernels.drawing import COLORS, panels, save, unique
 from pipeline.bench.machine import machine_lines
-from pipeline.bench.results import Row, extend_csv, markdown_table, read_csv, update_page
+from pipeline.bench.results import Row, extend_csv, markdown_table, publish, read_csv, source
 from pipeline.bench.train_options import missing, parse, training_parser
 from pipeline.bench.train_ranks import Result, measure_all
 from pipeline.bench.train_variants import SHAPES, VARIANTS, Order, layout_name
@@ -161,12 +161,9 @@ def _draw(folder: Path, console: Console) -> int:
     _figure(rows, folder / "scaling.png")
     table = scaling_table(rows)
     console.print(table, markup=False, highlight=False)
-    page = folder.with_suffix(".md")
-    if page.is_file():
-        source = f"{'; '.join(head)}. All numbers: [scaling.csv]({folder.name}/scaling.csv)."
-        picture = f"![{TITLE}]({folder.name}/scaling.png)"
-        for name in update_page(page, {"scaling": "\n\n".join([f"{TITLE}.", table, picture, source])}):
-            console.print(f"{page} has no place for '{name}': <!-- bench: {name} --> and <!-- end -->", markup=False)
+    picture = f"![{TITLE}]({folder.name}/scaling.png)"
+    fragment = "\n\n".join([f"{TITLE}.", table, picture, source(head, folder, "scaling")])
+    publish(folder, {"scaling": fragment}, console)
     return 0
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.bench.machine import machine_lines
-from pipeline.bench.results import extend_csv, read_csv, update_page
+from pipeline.bench.results import extend_csv, publish, read_csv, source
 from pipeline.bench.train_categories import ACTIVATIONS
 from pipeline.bench.train_options import missing, parse, training_parser
 from pipeline.bench.train_ranks import measure_all
@@ -188,15 +188,9 @@ def _draw(folder: Path, console: Console) -> int:
     }
     for text in tables.values():
         console.print(text, markup=False, highlight=False)
-    page = folder.with_suffix(".md")
-    if page.is_file():
-        source = f"{'; '.join(head)}. All numbers: " + ", ".join(
-            f"[{name}.csv]({folder.name}/{name}.csv)" for name in SHEETS
-        )
-        parts = [part for title, text in tables.items() if text for part in (title, text) if part]
-        parts.insert(1, f"![Training steps]({folder.name}/train.png)")
-        for name in update_page(page, {"train": "\n\n".join([*parts, f"{source}."])}):
-            console.print(f"{page} has no place for '{name}': <!-- bench: {name} --> and <!-- end -->", markup=False)
+    parts = [part for title, text in tables.items() if text for part in (title, text) if part]
+    parts.insert(1, f"![Training steps]({folder.name}/train.png)")
+    publish(folder, {"train": "\n\n".join([*parts, source(head, folder, *SHEETS)])}, console)
     return 0
 
 

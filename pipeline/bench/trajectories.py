@@ -20,7 +20,7 @@ from rich.console import Console
 
 from pipeline.bench.kernels.drawing import COLORS, panels, save, unique
 from pipeline.bench.machine import machine_lines
-from pipeline.bench.results import Row, extend_csv, markdown_table, read_csv, update_page
+from pipeline.bench.results import Row, extend_csv, markdown_table, publish, read_csv, source
 from pipeline.bench.train_ranks import Ranks
 
 WORKER = "pipeline.bench.trajectory_worker"
@@ -206,12 +206,9 @@ def _draw(folder: Path, console: Console) -> int:
     text = table(results.rows)
     console.print(text, markup=False, highlight=False)
     draw(results.rows, folder / "trajectories.png")
-    page = folder.with_suffix(".md")
-    if page.is_file():
-        source = f"{'; '.join(results.head)}. All numbers: [trajectories.csv]({folder.name}/trajectories.csv)."
-        fragment = f"{text}\n\n![Losses of the same training]({folder.name}/trajectories.png)\n\n{source}"
-        for name in update_page(page, {"trajectories": fragment}):
-            console.print(f"{page} has no place for '{name}': <!-- bench: {name} --> and <!-- end -->", markup=False)
+    picture = f"![Losses of the same training]({folder.name}/trajectories.png)"
+    fragment = "\n\n".join([text, picture, source(results.head, folder, "trajectories")])
+    publish(folder, {"trajectories": fragment}, console)
     return 0
 
 

@@ -14,6 +14,8 @@ from pipeline.plan.memory import GIB, in_torch
 from pipeline.plan.rates import load_rates
 from pipeline.plan.search import Cluster, estimate, supported
 
+_COLUMNS = {"name", "config", "overrides", "gpus", "gpu", "memory_gib", "step_ms"}
+
 
 class Comparison(NamedTuple):
     """One run, measured and estimated."""
@@ -36,8 +38,15 @@ class Comparison(NamedTuple):
 
 
 def compare(path: Path, root: Path) -> list[Comparison]:
-    """Every run of the file `path`; configurations are relative to `root`."""
-    return [_compare(row, root) for row in read_csv(path).rows]
+    """Every run of the file `path`; configurations are relative to `root`.
+
+    Raises:
+        ValueError: the file has other columns.
+    """
+    rows = read_csv(path).rows
+    if missing := _COLUMNS - set(rows[0] if rows else ()):
+        raise ValueError(f"{path} is no table of measured runs: it has no column {', '.join(sorted(missing))}")
+    return [_compare(row, root) for row in rows]
 
 
 def table(comparisons: list[Comparison]) -> str:

@@ -170,7 +170,7 @@ def search(config: Config, fixed: Collection[str], cluster: Cluster, top: int) -
         if len(best) == top:
             break
     if not best and not too_large:
-        raise ValueError(_impossible(config, cluster, reasons))
+        raise ValueError(_impossible(config, fixed, cluster, reasons))
     if not best:
         smallest = sorted(found, key=lambda item: item.gib)
         too_large = [item for item in smallest[: 10 * top] if not find_violations(item.config)][:top]
@@ -200,8 +200,12 @@ def overrides(before: Config, after: Config) -> list[str]:
     ]
 
 
-def _impossible(config: Config, cluster: Cluster, reasons: Counter[str]) -> str:
+def _impossible(config: Config, fixed: Collection[str], cluster: Cluster, reasons: Counter[str]) -> str:
     why = [message for message, _ in reasons.most_common(3)]
+    sizes = {name: getattr(config.parallel, name) or 1 for name in ("tp", "pp", "cp", "dp")}
+    held = math.prod(size for name, size in sizes.items() if f"parallel.{name}" in fixed)
+    if not why and cluster.gpus % held:
+        why = [f"the sizes given need {held} of them or a multiple"]
     if not why:
         batch = f"training.global_batch_size={config.training.global_batch_size}"
         why = [f"with the keys given, {batch} does not divide over any number of replicas; use a multiple of --gpus"]

@@ -62,6 +62,9 @@ def test_a_name_is_found_in_the_folder_of_profiles(tmp_path, monkeypatch):
         ("env: {a b: c}\n", "env.a b"),
         ("a: 1\na: 2\n", "a.yaml:2: duplicate key 'a'"),
         ("[1]\n", "a.yaml:1: expected keys, found list"),
+        ('time: "5"\n', "time=5 is 300 s and signal_seconds=300: ranks would be asked to save as soon as they start"),
+        ("time: 0-00:10:00\nsignal_seconds: 601\n", "time=0-00:10:00 is 600 s and signal_seconds=601"),
+        ('time: "4:59"\n', "time=4:59 is 299 s"),
     ],
 )
 def test_mistakes_have_a_place(tmp_path, text, message):

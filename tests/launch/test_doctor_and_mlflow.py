@@ -1,12 +1,14 @@
 """Diagnosis against made-up installations, and the command line of the MLflow server."""
 
 import re
+import socket
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from launch.cli import main
 from launch.doctor import find_problems, installed_version
 from launch.mlflow_command import mlflow_command
 
@@ -64,3 +66,12 @@ def test_mlflow_command_names_the_store_absolutely(tmp_path, monkeypatch):
         "--artifacts-destination", f"file://{tmp_path}/runs/mlartifacts",
         "--host", "127.0.0.1", "--port", "5001", "--workers", "1",
     ]  # fmt: skip
+
+
+def test_a_port_where_nothing_can_listen(tmp_path, capsys):
+    (tmp_path / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for given, message in [(port, f"cannot listen on 127.0.0.1:{port}"), (99999, "--port 99999: 1 to 65535")]:
+            assert main(["mlflow", "--root", str(tmp_path), "--port", str(given)]) == 2
+            assert message in capsys.readouterr().err

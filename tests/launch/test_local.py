@@ -235,3 +235,12 @@ def test_torchrun_itself_starts_ranks_and_passes_their_exit_code(tmp_path, code)
         torchrun_command("rank", ["a=b"], 1), env=environment, text=True, capture_output=True, timeout=120
     )
     assert (result.returncode, result.stdout) == (code, "1 ['a=b']\n")
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_a_mistake_of_the_configuration(tmp_path):
+    command = [sys.executable, "-m", "launch", "train", str(ROOT / "configs/dense.yaml"), "run.device=cuda"]
+    ended = subprocess.run([*command, f"run.root={tmp_path}"], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ended.returncode == 2
+    assert "run.device=cuda: process 0 of this machine has no GPU, torch finds 0" in ended.stderr
+    assert "Traceback" not in ended.stderr

@@ -230,3 +230,14 @@ def test_decisive_code(codes, decisive):
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+def test_a_run_with_damaged_files_does_not_hide_the_others(run, say, capsys):
+    run.write_status("completed", 100, "all 100 steps done")
+    damaged = RunDirectory(run.path.with_name("b"))
+    damaged.create("training: {steps: 100}\n")
+    (damaged.path / "status.json").write_text("")
+    assert main(["status", "--root", str(run.path.parent)]) == 0
+    found = capsys.readouterr()
+    assert "completed" in found.out and "b/status.json" in found.err
+    assert main(["status", str(damaged.path)]) == 2

@@ -38,6 +38,7 @@ def test_commas_inside_of_brackets_and_quotes_belong_to_a_value():
         (["run.seed"], "--sweep run.seed: KEY=VALUE,VALUE... is expected"),
         (["run.seed=1,,2"], "--sweep run.seed=1,,2: KEY=VALUE"),
         (["=1"], "--sweep =1"),
+        (["run.name=a,b"], "--sweep run.name=a,b: runs of a sweep are named by what differs"),
         (["a.b=1", "a.b=2"], "--sweep a.b is given twice; put all values into one"),
         (["a.b=x y,x-y"], "--sweep makes two runs of the name ...-b-x-y"),
     ],

@@ -36,6 +36,10 @@ from qsparse_layers.mlp import fuse_activations
 class PlainFused:
     """Forward passes of `kernels.dispatch.Fused` in plain operators: faster here than Triton's interpreter."""
 
+    def takes(self, features: int, block: int | None) -> bool:
+        """See `Fused.takes`."""
+        return True
+
     def rms_norm(self, x: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """See `Fused.rms_norm`."""
         rstd = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)

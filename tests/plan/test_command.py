@@ -97,3 +97,13 @@ def test_check_prints_errors(capsys: pytest.CaptureFixture[str], monkeypatch: py
     monkeypatch.chdir(ROOT)
     assert main(["plan", "--check", "tests/plan/measured.csv"]) == 0
     assert "| 1.3b dense, graph | 35.6 |" in capsys.readouterr().out
+
+
+def test_sizes_that_are_held_and_do_not_fit_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    for held in (["parallel.dp=16"], ["parallel.tp=4", "parallel.dp=4"]):
+        assert "the sizes given need 16 of them or a multiple" in mistake(capsys, SMALL, "--gpus", "8", *held)
+
+
+def test_a_file_that_is_no_table_of_measured_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is no table of measured runs: it has no column config, gpu" in mistake(capsys, "--check", SMALL)
+    assert "Is a directory" in mistake(capsys, "--check", str(ROOT))

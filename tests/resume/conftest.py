@@ -181,6 +181,8 @@ def _one_process_again(launcher: Launcher) -> None:
     weights = RunFiles(launcher.root / "plain").checkpoint(8)
     launcher.add("from-weights", *BF16, *ZERO, f"checkpoint.load={weights}")
     launcher.add("gone", *FP64, before=("lose_checkpoints", "plain"))
+    launcher.add("past-the-end", *FP64, "training.steps=4", "optimizer.warmup_steps=1", kill=("plain", 6))
+    launcher.add("triton-on-cpu", "run.kernels=triton")
     launcher.add("half-copied", *FP64, "training.steps=10", before=("copy_in_part", "plain", 8))
     launcher.add("owned")
 

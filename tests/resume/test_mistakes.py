@@ -23,6 +23,8 @@ from tests.resume.recipe import RunFiles
         ("too-few-processes", ("2 processes are not a multiple of parallel.tp=2 * parallel.pp=2",)),
         ("gone", ("is complete but its checkpoints are gone", "run.name")),
         ("half-copied", ("step-00000008 is damaged: __0_0.distcp has 1000 bytes instead of",)),
+        ("past-the-end", ("has done 6 steps already, training.steps=4", "run.name")),
+        ("triton-on-cpu", ("run.kernels=triton needs a GPU", "run.kernels=auto")),
         ("owned", ("is being trained by process 1 on elsewhere", "run.name")),
     ],
 )

@@ -18,7 +18,7 @@ from pipeline.bench.kernels.case import Options, Section
 from pipeline.bench.kernels.runner import run_section, sweep_section
 from pipeline.bench.kernels.timing import Rates
 from pipeline.bench.machine import machine_lines
-from pipeline.bench.results import extend_csv, read_csv, update_page
+from pipeline.bench.results import extend_csv, publish, read_csv, source
 
 SECTIONS = {
     "sparsify": "sparsify",
@@ -137,14 +137,10 @@ def draw(sections: Mapping[str, Section], folder: Path, console: Console) -> int
         section.draw(results.rows, path.with_suffix(".png"))
         table = section.table(results.rows)
         picture = f"![{section.title}]({folder.name}/{name}.png)"
-        source = f"{'; '.join(results.head)}. All numbers: [{name}.csv]({folder.name}/{name}.csv)."
-        fragments[name] = f"{section.title}.\n\n{table}\n\n{picture}\n\n{source}"
+        fragments[name] = f"{section.title}.\n\n{table}\n\n{picture}\n\n{source(results.head, folder, name)}"
         console.rule(section.title)
         console.print(table, markup=False, highlight=False)
-    page = folder.with_suffix(".md")
-    if page.is_file():
-        for name in update_page(page, fragments):
-            console.print(f"{page} has no place for '{name}': <!-- bench: {name} --> and <!-- end -->", markup=False)
+    publish(folder, fragments, console)
     return 0
 
 
