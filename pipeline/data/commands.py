@@ -171,6 +171,8 @@ def _notes(result: PrepareResult) -> Iterator[str]:
     manifest = result.manifest
     if result.note:
         yield f"encoded with {manifest.tokenizer.encoder}: {result.note}"
+    if "val" not in manifest.splits:
+        yield "no val split, which training evaluates on: prepare more documents, or a larger --val-share"
     if omissions := result.omissions.describe():
         yield omissions
     if manifest.dedup is not None:

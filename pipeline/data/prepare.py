@@ -111,11 +111,15 @@ def prepare(
 
 
 def token_range(options: PrepareOptions, inputs: Sequence[InputFile]) -> TokenRange | None:
-    """What the ids of imported tokens may be; None when the inputs hold text."""
-    if options.tokenizer is None or inputs[0].kind != "megatron":
+    """What the ids of imported tokens may be; None when the inputs hold text.
+
+    Raises:
+        DataError: `options.tokenizer` is none that can be used, which should be said before the texts are read.
+    """
+    if options.tokenizer is None:
         return None
     tokenizer = TextTokenizer(options.tokenizer, eod_token=options.eod_token)
-    return TokenRange(tokenizer.eod_id, tokenizer.vocab_size)
+    return TokenRange(tokenizer.eod_id, tokenizer.vocab_size) if inputs[0].kind == "megatron" else None
 
 
 class _Preparation:

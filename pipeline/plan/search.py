@@ -111,11 +111,11 @@ def supported(config: Config) -> Config:
 
 def memory_of_run(config: Config, vocab_size: int, dp: int) -> float | None:
     """Bytes that torch allocates at the peak of the fullest rank; None for what is not estimated."""
+    given = {"model.vocab_size": config.model.vocab_size or vocab_size, "parallel.dp": dp}
     try:
-        known = supported(_changed(config, {"model.vocab_size": config.model.vocab_size or vocab_size}))
+        known = supported(_changed(config, given))
     except ValueError:
         return None
-    known = _changed(known, {"parallel.dp": dp})
     return in_torch(memory(known, Layout.of(known), model_layers(known), load_rates("h100")))
 
 

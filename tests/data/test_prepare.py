@@ -285,3 +285,11 @@ def test_eta_counts_compressed_bytes_of_the_inputs() -> None:
     line = json.loads(stream.getvalue().splitlines()[0])
     assert line["eta_s"] == pytest.approx(3 * line["seconds"], abs=0.2)
     assert (line["documents"], line["input_bytes"], line["total_bytes"]) == (5, 250, 1000)
+
+
+def test_a_tokenizer_that_cannot_be_used_is_named_before_the_texts_are_read(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "a.jsonl").write_text("no JSON")
+    sources, tokenizer = (str(tmp_path / "a.jsonl"),), tmp_path / "bad.json"
+    with pytest.raises(DataError, match=r"bad\.json: not a Hugging Face tokenizer\.json"):
+        prepare(PrepareOptions(output=tmp_path / "out", sources=sources, tokenizer=tokenizer), stream=io.StringIO())
