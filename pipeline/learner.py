@@ -20,7 +20,7 @@ from pipeline.data.bad_chunks import BadChunk, BadChunks
 from pipeline.data.phases import resolve_phases
 from pipeline.engine import Engine, Losses
 from pipeline.errors import NonFiniteError
-from pipeline.model import Model, build_model
+from pipeline.model import Model, build_model, uses_triton
 from pipeline.optim import build_optimizer, set_step, wrap_data_parallel
 from pipeline.ternary_gather import TernaryGather
 from pipeline.world import World, raise_together
@@ -170,8 +170,7 @@ class Learner:
         if self._gather is not None:
             self._gather.refresh(version)
             return
-        is_reference = self.world.device.type != "cuda" or self.config.run.kernels == "reference"
-        if is_reference or self.config.parallel.overlap_param_gather:
+        if not uses_triton(self.config) or self.config.parallel.overlap_param_gather:
             return
         if self._ternary is None:
             ternary = importlib.import_module("qsparse_layers.ternary")  # needs Triton

@@ -215,7 +215,7 @@ def _chosen_kernels(config: Config) -> Kernels:
         return kernels_for("cpu", config.run.kernels)
     qsparse, capability = config.model.qsparse, torch.cuda.get_device_capability()
     uses_fp8 = "e4m3" in (qsparse.gradients, *(rule.gradients for rule in qsparse.rules))
-    if uses_fp8 and config.run.kernels != "reference" and capability < FIRST_WITH_FP8:
+    if uses_fp8 and uses_triton(config) and capability < FIRST_WITH_FP8:
         raise UserError(
             f"model.qsparse.gradients=e4m3 needs a GPU with FP8 (compute capability 8.9 or higher), this is a "
             f"{torch.cuda.get_device_name()} ({'.'.join(map(str, capability))}): use model.qsparse.gradients=full"
@@ -241,6 +241,11 @@ def _permutes_fused(config: Config) -> bool:
     """Transformer Engine's permutation wants the number of rows beforehand, which all-gather does not know."""
     moe = config.model.moe
     return moe is not None and moe.dispatcher != "allgather" and uses_transformer_engine(config)
+
+
+def uses_triton(config: Config) -> bool:
+    """Whether linear layers compute with Triton's kernels: on a GPU, unless the reference is asked for."""
+    return not uses_cpu(config.run.device) and config.run.kernels != "reference"
 
 
 def uses_transformer_engine(config: Config) -> bool:

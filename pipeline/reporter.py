@@ -24,7 +24,7 @@ from pipeline.data.phases import Phases, resolve_phases
 from pipeline.environment import describe_environment
 from pipeline.learner import StepResult
 from pipeline.metrics import MetricsLog, layer_metric, read_metrics
-from pipeline.model import uses_transformer_engine
+from pipeline.model import uses_transformer_engine, uses_triton
 from pipeline.ownership import describe
 from pipeline.plan.search import memory_of_run
 from pipeline.run_directory import RunDirectory, RunState
@@ -56,6 +56,7 @@ class Reporter:
         step = progress.step
         self.config, self.world, self.directory = config, world, directory
         self.vocab_size, self.first_step, self.step_done = vocab_size, step, step
+        self._size = model_size(config, vocab_size)
         self._phases = resolve_phases(config)
         self._first_tokens = self._last_tokens = self._phases.tokens(progress.consumed_samples)
         self._started = self._last_time = time.perf_counter()
@@ -119,7 +120,6 @@ class Reporter:
         tokens_per_second = (result.consumed_tokens - self._last_tokens) / steps / seconds
         self._last_tokens = result.consumed_tokens
         sparsity, ternary_zeros = model_sparsity(layers)
-        total = model_size(self.config, self.vocab_size)
         record = {
             "train/loss": result.loss,
             "train/grad_norm": result.grad_norm,
@@ -132,7 +132,7 @@ class Reporter:
             "mem/peak_bytes": float(peak_bytes),
             "qsparse/sparsity": sparsity,
             "qsparse/ternary_zeros": ternary_zeros,
-            "qsparse/activated_parameters": total.active_projections * (1 - sparsity),
+            "qsparse/activated_parameters": self._size.active_projections * (1 - sparsity),
             **self._utilization(tokens_per_second),
             **load,
         }
@@ -245,7 +245,6 @@ class Reporter:
 
     def _screen(self, num_weights: Mapping[str, int], windows_per_epoch: int) -> StartScreen:
         config, parallel, is_cpu = self.config, self.config.parallel, self.world.device.type == "cpu"
-        size = model_size(config, self.vocab_size)
         formats = layer_formats(config.model, config.parallel)
         kept = sum(count * (1 - formats[path].sparsity) for path, count in num_weights.items())
         share = kept / max(1, sum(num_weights.values()))
@@ -264,8 +263,8 @@ class Reporter:
                 sequence_parallel=parallel.sequence_parallel,
             ),
             layers=group_layers(formats),
-            parameters=size.total,
-            activated_parameters=size.active_projections * share + size.embeddings + size.other,
+            parameters=self._size.total,
+            activated_parameters=self._size.active_projections * share + self._size.embeddings + self._size.other,
             tokens_per_step=config.training.global_batch_size * config.training.seq_length,
             total_steps=config.training.steps,
             dataset=_describe_data(config, self._phases, windows_per_epoch),
@@ -314,7 +313,7 @@ def _peak_bytes(world: World) -> int:
 def describe_device(gpu: str, config: Config) -> str:
     """One line: device, precision, and whose kernels and attention compute; `gpu` is empty on a CPU."""
     device = gpu or f"CPU, {os.cpu_count()} cores, gloo"
-    kernels = "Triton" if gpu and config.run.kernels != "reference" else "reference"
+    kernels = "Triton" if uses_triton(config) else "reference"
     attention = "Transformer Engine" if uses_transformer_engine(config) else "megatron-core"
     precision = config.training.precision
     return f"{device}; {precision}; {kernels} kernels; attention of {attention}; torch {torch.__version__}"

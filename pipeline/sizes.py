@@ -36,9 +36,18 @@ class ModelSize:
 
 def model_size(config: Config, vocab_size: int) -> ModelSize:
     """Count the parameters of the model of `config` for a tokenizer of `vocab_size` ids."""
+    known = config.model.model_copy(update={"vocab_size": config.model.vocab_size or vocab_size})
+    projections, active = _projections(config)
+    embeddings = (1 if known.tie_embeddings else 2) * _table(config, vocab_size)
+    others = total_parameters(config.model_copy(update={"model": known})) - projections - embeddings
+    return ModelSize(projections, active, embeddings, others)
+
+
+def _projections(config: Config) -> tuple[int, int]:
+    """Weights of all linear layers, and of those that one token visits."""
     model = config.model
-    heads, groups, hidden = model.num_attention_heads, model.query_groups, model.hidden_size
-    attention = hidden * model.head_size * (2 * heads + 2 * groups)
+    hidden = model.hidden_size
+    attention = hidden * model.head_size * (2 * model.num_attention_heads + 2 * model.query_groups)
     branches = 2 if model.activation == "relu2" else 3
     dense = branches * hidden * model.ffn_hidden_size
     moe_layers = sum(model.moe is not None and model.moe.is_moe_layer(number) for number in range(model.num_layers))
@@ -46,24 +55,19 @@ def model_size(config: Config, vocab_size: int) -> ModelSize:
     num_experts, top_k = (model.moe.num_experts, model.moe.top_k) if model.moe else (0, 0)
     shared = branches * hidden * ((model.moe.shared_ffn_hidden_size if model.moe else None) or 0)
     common = model.num_layers * attention + (model.num_layers - moe_layers) * dense + moe_layers * shared
-    projections = common + moe_layers * num_experts * expert
-    embeddings = (1 if model.tie_embeddings else 2) * model.padded_vocab_size(model.vocab_size or vocab_size) * hidden
-    known = model.model_copy(update={"vocab_size": model.vocab_size or vocab_size})
-    return ModelSize(
-        projections=projections,
-        active_projections=common + moe_layers * top_k * expert,
-        embeddings=embeddings,
-        other=total_parameters(config.model_copy(update={"model": known})) - projections - embeddings,
-    )
+    return common + moe_layers * num_experts * expert, common + moe_layers * top_k * expert
+
+
+def _table(config: Config, vocab_size: int) -> int:
+    return config.model.padded_vocab_size(config.model.vocab_size or vocab_size) * config.model.hidden_size
 
 
 def flops_per_token(config: Config, vocab_size: int) -> float:
     """Operations of forward and backward per token, dense: 6 N + 12 L d s (arXiv 2204.02311 app. B)."""
     model = config.model
-    output_layer = model.padded_vocab_size(model.vocab_size or vocab_size) * model.hidden_size
     width = model.num_attention_heads * model.head_size
     attention = 12 * model.num_layers * width * config.training.seq_length
-    return 6 * (model_size(config, vocab_size).active_projections + output_layer) + attention
+    return 6 * (_projections(config)[1] + _table(config, vocab_size)) + attention
 
 
 def peak_flops(device_name: str) -> float | None:

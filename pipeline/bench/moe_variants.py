@@ -5,6 +5,7 @@ differs is what is compared: quantization, top-K and SubLN on our side, the grou
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -89,14 +90,16 @@ class RivalExperts(torch.nn.Module):
 
 
 class _TorchProduct(torch.nn.Module):
-    """PyTorch's grouped product of one stacked weight; its gradient is returned in bf16 and added to nothing."""
+    """PyTorch's grouped product of one stacked weight.
 
-    adds = False
+    Its gradient is returned in bf16; with `adds` it is added to a float32 buffer, as a training step needs it and all
+    others do.
+    """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor], *, adds: bool = False) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.stack([weight.detach() for weight in weights]))
-        if self.adds:
+        if adds:
             self._main_grad = torch.zeros_like(self.weight, dtype=torch.float32)
             self.weight.register_hook(self._add)
 
@@ -106,12 +109,6 @@ class _TorchProduct(torch.nn.Module):
     def forward(self, x: Tensor, tokens_per_expert: Tensor) -> Tensor:
         ends = tokens_per_expert.to(x.device, non_blocking=True).cumsum(0).to(torch.int32)
         return torch._grouped_mm(x, self.weight.transpose(1, 2), offs=ends)
-
-
-class _AddingTorchProduct(_TorchProduct):
-    """The same with its gradient added to a float32 buffer, as a training step needs it and all others do."""
-
-    adds = True
 
 
 class _EngineProduct(torch.nn.Module):
@@ -136,6 +133,6 @@ class _EngineProduct(torch.nn.Module):
 
 RIVALS: dict[str, Callable[[list[Tensor]], Callable[[Tensor, Tensor], Tensor]]] = {
     TORCH: _TorchProduct,
-    TORCH_ADDS: _AddingTorchProduct,
+    TORCH_ADDS: partial(_TorchProduct, adds=True),
     ENGINE: _EngineProduct,
 }

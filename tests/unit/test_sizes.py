@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config import Config
 from pipeline.config_loader import load_config
-from pipeline.plan.model_costs import total_parameters
+from pipeline.plan.model_costs import activated_parameters, total_parameters
 from pipeline.plan.search import memory_of_run
 from pipeline.reporter import describe_device
 from pipeline.sizes import flops_per_token, model_size, peak_flops
@@ -46,6 +46,11 @@ def test_experts_count_whole_and_active() -> None:
     attention, dense, expert = 4 * 4 * 64 * 64, 2 * 3 * 64 * 128, 3 * 64 * 32
     assert size.projections == attention + dense + 2 * 8 * expert
     assert size.active_projections == attention + dense + 2 * 2 * expert
+    norms, routers = (2 * 4 + 1) * 64, 2 * 8 * 64
+    assert size.other == norms + routers
+    with_gains = model_size(gpt(64, 128, 4, 4, moe=moe, qsparse={"sub_norm": True}), 256)
+    assert with_gains.other == size.other + 4 * 64 + 2 * 128 + 2 * 8 * 32  # attention, dense FFNs, each expert
+    assert with_gains.projections == size.projections
 
 
 def test_flops_follow_the_formula() -> None:
@@ -71,6 +76,7 @@ def test_parameters_of_recipes_are_those_of_the_plan(recipe: str) -> None:
     config = load_config(ROOT / f"configs/{recipe}.yaml", ["model.vocab_size=32000"])
     size = model_size(config, 32000)
     assert size.total == total_parameters(config)
+    assert size.active_projections * (1 - config.model.qsparse.sparsity) == pytest.approx(activated_parameters(config))
     assert 0 < size.other < 0.01 * size.projections
 
 
