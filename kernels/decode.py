@@ -42,6 +42,8 @@ TERNARY_STEPS = 32
 """Groups of four features whose words a thread holds at once: 128 of its 255 registers."""
 FLOAT_STEPS = 14
 FLOAT_REGISTERS = 128
+MAX_STEPS = 2 * TERNARY_STEPS
+"""Of any configuration: they are unrolled, and what no longer fits the registers takes the compiler minutes."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +69,15 @@ class GemvConfig:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1")
 
     def steps(self, num_rows: int) -> int:
-        """Rows (ternary: groups of four features) per warp and turn."""
-        return triton.cdiv(num_rows, self.splits * self.num_warps * self.chunks)
+        """Rows (ternary: groups of four features) per warp and turn.
+
+        Raises:
+            ValueError: these are more than a warp can hold.
+        """
+        steps = triton.cdiv(num_rows, self.splits * self.num_warps * self.chunks)
+        if steps > MAX_STEPS:
+            raise ValueError(f"{self}: {steps} rows per warp and turn, expected at most {MAX_STEPS}: raise chunks")
+        return steps
 
     @staticmethod
     def filling(programs: int, num_rows: int, *, num_warps: int, most_steps: int) -> "GemvConfig":

@@ -96,7 +96,7 @@ def _learner(order: Order, config: Config, world: World) -> Learner:
     else:
         model = build_model(config, vocab_size)
     if engine.startswith("fake"):
-        use_fake_quantization(model, variant.sparsity)
+        use_fake_quantization(model, variant.sparsity, compiled=engine == "fake-compiled")
     if engine == "fake-compiled":
         for chunk in model.chunks:
             for layer in unwrap(chunk).decoder.layers:

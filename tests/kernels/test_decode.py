@@ -1,6 +1,7 @@
 """Decode products against the reference: ternary ones bit for bit, bf16 ones within the rounding of their sums."""
 
 from dataclasses import replace
+from math import ceil
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.decode import DotConfig, GemvConfig, Workspace, float_gemv, ternary_dot, ternary_gemv
+from kernels.decode import TERNARY_STEPS, DotConfig, GemvConfig, Workspace, float_gemv, ternary_dot, ternary_gemv
 from kernels.packing import PackedTernary, pack_ternary
 
 SHAPES = [(1, 100, 63), (2, 35, 600)]
@@ -19,6 +20,7 @@ GEMV_CONFIGS = (
     GemvConfig(splits=2, num_warps=1, chunks=3, overlap=False),
     GemvConfig(splits=5, num_warps=8),
 )
+ONE_WARP = GemvConfig(num_warps=1)
 SMALL_DOT = DotConfig(block_outputs=32, block_words=16, splits=2, num_warps=2, num_stages=2)
 KINDS = ("normal", "heavy", "zero", "constant")
 
@@ -59,12 +61,19 @@ def shapes(device: str) -> list[tuple[int, int, int]]:
     return SHAPES if device == "cpu" else GPU_SHAPES
 
 
+def with_enough_turns(config: GemvConfig, num_features: int) -> GemvConfig:
+    """`config` in as many turns as `num_features` take."""
+    warps = config.splits * config.num_warps
+    return replace(config, chunks=max(config.chunks, ceil(num_features / (4 * warps * TERNARY_STEPS))))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_gemv_is_bit_equal_to_the_reference(kind: str, device: str) -> None:
     for shape in shapes(device):
         case = Case(kind, shape, device)
         weight = pack_ternary(case.ternary_OD, layout="column")
         for config in GEMV_CONFIGS:
+            config = config and with_enough_turns(config, shape[1])
             found = ternary_gemv(case.codes_TD, weight, **case.scales, config=config, out=case.poisoned.clone())
             assert torch.equal(found, case.expected), (shape, config)
 
@@ -186,6 +195,8 @@ def test_mistakes_in_layout_workspace_and_configuration(device: str) -> None:
         GemvConfig(splits=0)
     with pytest.raises(ValueError, match="block_outputs=8: expected at least 16"):
         DotConfig(block_outputs=8)
+    with pytest.raises(ValueError, match="75 rows per warp and turn, expected at most 64: raise chunks"):
+        float_gemv(torch.ones(1, 75).bfloat16().to(device), torch.ones(75, 8).bfloat16().to(device), config=ONE_WARP)
     floats_TD, weight_DO = case.codes_TD.bfloat16(), torch.zeros(64, 32, device=device)
     with pytest.raises(ValueError, match=r"weight_DO: dtype torch\.float32, expected torch\.bfloat16"):
         float_gemv(floats_TD, weight_DO)
