@@ -62,9 +62,9 @@ def shapes(device: str) -> list[tuple[int, int, int]]:
 
 
 def with_enough_turns(config: GemvConfig, num_features: int) -> GemvConfig:
-    """`config` in as many turns as `num_features` take."""
-    warps = config.splits * config.num_warps
-    return replace(config, chunks=max(config.chunks, ceil(num_features / (4 * warps * TERNARY_STEPS))))
+    """`config` in as many turns as `num_features` take, of half the default's steps: compiling is 5 times faster."""
+    features_per_turn = 4 * config.splits * config.num_warps * TERNARY_STEPS // 2
+    return replace(config, chunks=max(config.chunks, ceil(num_features / features_per_turn)))
 
 
 @pytest.mark.parametrize("kind", KINDS)
