@@ -14,6 +14,7 @@ this one is scaled and stored.  Scales are applied once to the sum, in float32.
 
 import importlib
 import importlib.util
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.launch import ALIGNMENT, INTERPRETED, check_dtype, multiprocessors
+from kernels.tuning import Tuner
 
 BYTES_8 = (torch.int8, torch.float8_e4m3fn)
 _MAX_EXACT_INT8 = 2**24 // 128
@@ -105,52 +107,43 @@ def _store_tile(
     c_desc.store([tile_m, tile_n], values.to(c_desc.dtype))
 
 
-def _set_blocks(arguments: dict[str, Any]) -> None:
-    """Give the descriptors the tile sizes of the configuration about to run."""
-    m, n, k = arguments["BLOCK_M"], arguments["BLOCK_N"], arguments["BLOCK_K"]
-    arguments["a_desc"].block_shape = [m, k] if arguments["A_K_MAJOR"] else [k, m]
-    arguments["b_desc"].block_shape = [n, k] if arguments["B_K_MAJOR"] else [k, n]
-    arguments["c_desc"].block_shape = [m, n // 2 if arguments["HALVES"] else n]
+@dataclass(frozen=True)
+class Tiling:
+    """How the portable kernel divides a product.
 
-
-def config(
-    m: int, n: int, k: int, *, warps: int, stages: int, halves: bool = False, group: int = 8,
-    specialize: bool = False, flatten: bool = True,
-) -> triton.Config:  # fmt: skip
-    """One tiling for the autotuner: C tiles of m x n, k operand columns per step, `stages` steps in flight."""
-    blocks = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP_M": group, "HALVES": halves}
-    options = {"SPECIALIZE": specialize, "FLATTEN": flatten}
-    return triton.Config(blocks | options, num_warps=warps, num_stages=stages, pre_hook=_set_blocks)
-
-
-CONFIGS_8_BIT = [
-    config(128, 256, 128, warps=8, stages=3),
-    config(128, 256, 128, warps=8, stages=4, halves=True),
-    config(128, 128, 128, warps=4, stages=4),
-    config(256, 128, 128, warps=8, stages=4),
-]
-CONFIGS_16_BIT = [
-    config(128, 256, 64, warps=8, stages=3),
-    config(128, 256, 64, warps=8, stages=4, halves=True),
-    config(128, 128, 64, warps=4, stages=4),
-    config(256, 128, 64, warps=8, stages=4),
-]
-_CONFIGS_INTERPRETED = [config(16, 32, 32, warps=1, stages=1, flatten=False, halves=True, group=2)]
-
-
-def tuned(configs: list[triton.Config], do_bench: Any = None) -> Any:
-    """The kernel with the fastest of `configs` per shape; each process finds it anew, as Triton keeps none with hooks.
-
-    Args:
-        configs: what is tried.
-        do_bench: how launches are timed; None: as Triton does.
+    Attributes:
+        m: rows of C per tile.
+        n: columns of C per tile.
+        k: operand columns per step.
+        warps: per program.
+        stages: steps in flight.
+        halves: store a tile in two halves, which takes half the shared memory.
+        group: rows of tiles before the next column of tiles.
+        specialize: loads in warps of their own.
+        flatten: one loop over tiles and steps.
     """
-    key = ["m", "n", "k", "A_K_MAJOR", "B_K_MAJOR"]
-    return triton.autotune(configs=configs, key=key, do_bench=do_bench)(_gemm_kernel)
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    halves: bool = False
+    group: int = 8
+    specialize: bool = False
+    flatten: bool = True
 
 
-_gemm_8_bit = tuned(_CONFIGS_INTERPRETED if INTERPRETED else CONFIGS_8_BIT)
-_gemm_16_bit = tuned(_CONFIGS_INTERPRETED if INTERPRETED else CONFIGS_16_BIT)
+TILINGS_8_BIT = (
+    Tiling(128, 256, 128, warps=8, stages=3),
+    Tiling(128, 256, 128, warps=8, stages=4, halves=True),
+    Tiling(128, 128, 128, warps=4, stages=4),
+    Tiling(256, 128, 128, warps=8, stages=4),
+)
+TILINGS_16_BIT = tuple(replace(tiling, k=64) for tiling in TILINGS_8_BIT)
+_TILINGS_INTERPRETED = (Tiling(16, 32, 32, warps=1, stages=1, flatten=False, halves=True, group=2),)
+_tiles_8_bit = Tuner(_gemm_kernel, _TILINGS_INTERPRETED if INTERPRETED else TILINGS_8_BIT)
+_tiles_16_bit = Tuner(_gemm_kernel, _TILINGS_INTERPRETED if INTERPRETED else TILINGS_16_BIT)
 
 
 def gemm(
@@ -163,7 +156,7 @@ def gemm(
     b_scale: Tensor | None = None,
     dtype: torch.dtype = torch.bfloat16,
     out: Tensor | None = None,
-    kernel: Any = None,
+    tiles: Tuner[Tiling] | None = None,
 ) -> Tensor:
     """C[M,N] = a_scale[M] b_scale[N] sum_k A[m,k] B[n,k].
 
@@ -176,7 +169,7 @@ def gemm(
         b_scale: float32, one per column of C, or a single one.
         dtype: type of a new C.
         out: C to add to, bf16 or fp32; takes the place of `dtype`.
-        kernel: a tuning other than the measured ones.
+        tiles: of the portable kernel, which then runs also where there is a faster one.
 
     Returns:
         `out`, or a new tensor.
@@ -190,23 +183,32 @@ def gemm(
     if c.numel() == 0 or k == 0:
         return c if accumulate else c.zero_()
     _check(a, b, c, (m, n, k), a_k_major and b_k_major)
-    programs = multiprocessors(a.device)
-    if kernel is None and has_hopper_kernel(a.device) and _hopper_takes(a.dtype, c.dtype, accumulate):
+    a_scale, b_scale = _scale(a_scale, (m,), "a_scale"), _scale(b_scale, (n, 1), "b_scale")
+    if tiles is None and has_hopper_kernel(a.device) and _hopper_takes(a.dtype, c.dtype, accumulate):
         _hopper_gemm()(
-            a, b, c, a_k_major=a_k_major, b_k_major=b_k_major, accumulate=accumulate,
-            a_scale=_scale(a_scale, (m,), "a_scale"), b_scale=_scale(b_scale, (n, 1), "b_scale"),
-        )  # fmt: skip
+            a, b, c, a_k_major=a_k_major, b_k_major=b_k_major, accumulate=accumulate, a_scale=a_scale, b_scale=b_scale
+        )
         return c
-    # While configurations are tried a launch is many: none of them may add to C.
+    # While tilings are tried a launch is many: none of them may add to C.
     product = torch.empty(m, n, dtype=torch.float32, device=a.device) if accumulate else c
-    launch = kernel or (_gemm_8_bit if a.dtype in BYTES_8 else _gemm_16_bit)
-    launch[lambda meta: (min(programs, triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"])),)](
-        _descriptor(a), _descriptor(b), _descriptor(product),
-        _scale(a_scale, (m,), "a_scale"), _scale(b_scale, (n, 1), "b_scale"), m, n, k,
-        A_K_MAJOR=a_k_major, B_K_MAJOR=b_k_major, INTEGER=a.dtype == torch.int8,
-        A_SCALE=0 if a_scale is None else 1, B_SCALE=0 if b_scale is None else 2 if b_scale.numel() == 1 else 1,
-        PROGRAMS=programs, WIDEN=INTERPRETED and a.dtype not in BYTES_8,
-    )  # fmt: skip
+    programs = multiprocessors(a.device)
+
+    def launch(tiling: Tiling) -> None:
+        num_tiles = triton.cdiv(m, tiling.m) * triton.cdiv(n, tiling.n)
+        _gemm_kernel[(min(programs, num_tiles),)](
+            TensorDescriptor.from_tensor(a, [tiling.m, tiling.k] if a_k_major else [tiling.k, tiling.m]),
+            TensorDescriptor.from_tensor(b, [tiling.n, tiling.k] if b_k_major else [tiling.k, tiling.n]),
+            TensorDescriptor.from_tensor(product, [tiling.m, tiling.n // 2 if tiling.halves else tiling.n]),
+            a_scale, b_scale, m, n, k,
+            BLOCK_M=tiling.m, BLOCK_N=tiling.n, BLOCK_K=tiling.k, GROUP_M=tiling.group,
+            A_K_MAJOR=a_k_major, B_K_MAJOR=b_k_major, INTEGER=a.dtype == torch.int8,
+            A_SCALE=0 if a_scale is None else 1, B_SCALE=0 if b_scale is None else 2 if b_scale.numel() == 1 else 1,
+            PROGRAMS=programs, HALVES=tiling.halves, SPECIALIZE=tiling.specialize, FLATTEN=tiling.flatten,
+            WIDEN=INTERPRETED and a.dtype not in BYTES_8, num_warps=tiling.warps, num_stages=tiling.stages,
+        )  # fmt: skip
+
+    tiles = tiles or (_tiles_8_bit if a.dtype in BYTES_8 else _tiles_16_bit)
+    launch(tiles.choose((m, n, k, a_k_major, b_k_major, a.dtype, product.dtype), a.device, launch))
     return c.add_(product) if accumulate else c
 
 
@@ -227,10 +229,6 @@ def _hopper_takes(operands: torch.dtype, result: torch.dtype, accumulate: bool) 
     if operands == torch.float16:
         return False
     return result == torch.float32 or (result == torch.bfloat16 and not accumulate)
-
-
-def _descriptor(matrix: Tensor) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(matrix, [1, 1])
 
 
 def _scale(scale: Tensor | None, sizes: tuple[int, ...], name: str) -> Tensor | None:

@@ -1,15 +1,18 @@
 """The products of a linear layer's three passes against integer and float64 references."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.gemm import config, gemm, tuned
+from kernels.gemm import TILINGS_8_BIT, TILINGS_16_BIT, Tiling, _gemm_kernel, gemm
+from kernels.tuning import Tuner
 
 SHAPES = [(63, 48, 112), (1, 16, 16), (100, 1008, 160), (130, 272, 64)]
+TILINGS = [Tiling(16, n, 32, warps=1, stages=1, flatten=False, group=2) for n in (16, 32)]
 LARGE = [(1000, 2048, 4096), (8192, 4096, 4096), (777, 1024, 14336)]
 
 
@@ -113,14 +116,28 @@ def test_bad_input_is_refused_before_the_launch(device: str) -> None:
         gemm(torch.zeros(1, 2**17, dtype=torch.int8), torch.zeros(16, 2**17, dtype=torch.int8))
 
 
-def test_configurations_that_are_tried_add_nothing(device: str) -> None:
-    """The autotuner launches each of several configurations, as often as it likes, for every new size."""
-    if device == "cuda":
-        pytest.skip("tries configurations for real")
-    tries = [config(16, n, 32, warps=1, stages=1, flatten=False, group=2) for n in (16, 32)]
-    kernel = tuned(tries, do_bench=lambda call, quantiles: [call() or 1.0 for _ in range(3)])
+def test_tilings_that_are_tried_add_nothing(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of several is launched as often as the timer likes, for every new size."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tiles = Tuner(_gemm_kernel, TILINGS, timer=lambda call: float(max(call() or 1.0 for _ in range(3))))
     for terms in (64, 64, 32):
-        out = torch.full((16, 32), 0.5)
-        ones = torch.ones(32, terms, dtype=torch.bfloat16)
-        gemm(ones[:16], ones, out=out, kernel=kernel)
+        out = torch.full((16, 32), 0.5, device=device)
+        ones = torch.ones(32, terms, dtype=torch.bfloat16, device=device)
+        gemm(ones[:16], ones, out=out, tiles=tiles)
         assert (out == terms + 0.5).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiling", [*TILINGS_8_BIT, *TILINGS_16_BIT], ids=str)
+def test_portable_tilings(tiling: Tiling, device: str) -> None:
+    tiles = Tuner(_gemm_kernel, [tiling])
+    for m, n, k in LARGE[:2]:
+        x, weight = codes(m, k, 127, device), codes(n, k, 1, device)
+        scale = floats(m, 1, device=device).abs()
+        want = reference.linear(x, weight, x_scale_T1=scale, weight_scale_O=scale.flatten()[:1], dtype=torch.float32)
+        if tiling in TILINGS_8_BIT:
+            got = gemm(x, weight, a_scale=scale, b_scale=scale.flatten()[:1], dtype=torch.float32, tiles=tiles)
+            assert torch.equal(got, want)
+        else:
+            a, b = floats(m, k, device=device).bfloat16(), weight.bfloat16()
+            assert error(gemm(a, b, dtype=torch.float32, tiles=tiles), a.double() @ b.double().t()) < 1e-5
