@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from pipeline import yaml12
+from pipeline.config_loader import explain_value
 from qsparse_layers.config import StrictModel
 
 SlurmTime = Annotated[str, Field(pattern=r"^(\d+-\d{1,2}(:\d{2}){0,2}|\d+(:\d{2}){0,2})$")]
@@ -154,7 +156,7 @@ def load_profile(name: str | None, options: Mapping[str, Any]) -> ClusterProfile
     try:
         return ClusterProfile.model_validate(data)
     except ValidationError as error:
-        problems = [_describe(dict(item), lines, name or "profile") for item in error.errors()]
+        problems = [_describe(item, lines, name or "profile") for item in error.errors()]
         count = "1 error" if len(problems) == 1 else f"{len(problems)} errors"
         raise ClusterError(f"{count} in the cluster profile:\n" + "\n".join(f"  {p}" for p in problems)) from None
 
@@ -185,7 +187,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:
     return document.data or {}, {key: f"{path}:{line}" for key, line in document.lines.items()}
 
 
-def _describe(error: Mapping[str, Any], lines: Mapping[tuple[str, ...], str], fallback: str) -> str:
+def _describe(error: ErrorDetails, lines: Mapping[tuple[str, ...], str], fallback: str) -> str:
     location = tuple(map(str, error["loc"]))
     place = next((lines[location[:n]] for n in range(len(location), 0, -1) if location[:n] in lines), fallback)
     dotted = ".".join(location)
@@ -194,5 +196,4 @@ def _describe(error: Mapping[str, Any], lines: Mapping[tuple[str, ...], str], fa
         close = difflib.get_close_matches(location[-1], section.model_fields, n=1, cutoff=0.5)
         hint = f", did you mean {close[0]!r}?" if close else f"; valid keys: {', '.join(section.model_fields)}"
         return f"{place}: {dotted}: unknown key{hint}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{place}: {dotted}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
+    return f"{place}: {dotted}: {explain_value(error)}"

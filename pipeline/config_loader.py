@@ -195,9 +195,14 @@ def _place(location: KeyPath, sources: dict[KeyPath, str]) -> str | None:
 
 
 def _explain(error: ErrorDetails, location: KeyPath) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"unknown key{_suggestion(location)}"
+    return explain_value(error)
+
+
+def explain_value(error: ErrorDetails) -> str:
+    """What is wrong with the value of a known key, and what it was."""
     match error["type"]:
-        case "extra_forbidden":
-            return f"unknown key{_suggestion(location)}"
         case "model_type" | "model_attributes_type":
             return f"expected a section with keys, got {error['input']!r}"
         case "value_error":

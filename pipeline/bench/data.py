@@ -5,7 +5,6 @@ busy machine.  Readers take turns over several rounds, so that a disturbance doe
 A loader that is not installed is listed as absent: `pip install qsparse[bench]` brings the others.
 """
 
-import argparse
 import csv
 import json
 import os
@@ -23,6 +22,7 @@ from rich.table import Table
 from pipeline.bench.data_formats import describe, make_documents, write_all
 from pipeline.bench.data_readers import FORMATS, READERS
 from pipeline.bench.machine import machine_lines, processor
+from pipeline.bench.options import amount, bench_parser, count
 
 _EPILOG = """\
 Writes data.csv, data.md (the table of docs/data.md) and data.png to FOLDER.
@@ -52,17 +52,12 @@ class Result:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="qsparse bench data",
-        description=__doc__.split("\n\n")[0] if __doc__ else None,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = bench_parser("data", __doc__, _EPILOG)
     add = parser.add_argument
     add("--output", type=Path, default=Path("benchmarks/data_loading"), metavar="FOLDER", help="where results go")
-    add("--seq-length", type=int, nargs="+", default=[2048, 4096], metavar="N", help="sequence lengths")
-    add("--megatokens", type=float, default=64, metavar="N", help="size of the corpus, and tokens read per round")
-    add("--rounds", type=int, default=3, metavar="N", help="measurements of each reader")
+    add("--seq-length", type=count, nargs="+", default=[2048, 4096], metavar="N", help="sequence lengths")
+    add("--megatokens", type=amount, default=64, metavar="N", help="size of the corpus, and tokens read per round")
+    add("--rounds", type=count, default=3, metavar="N", help="measurements of each reader")
     add("--readers", nargs="+", choices=list(READERS), metavar="NAME", help=f"some of: {', '.join(READERS)}")
     options = parser.parse_args(arguments)
     results, corpus = run(options.readers or list(READERS), options.seq_length, options.megatokens, options.rounds)

@@ -4,7 +4,6 @@ Nothing is measured here but the order itself, which is opened at full size: N c
 arithmetic.  "obvious" is a random permutation of windows read from shards, with every rank opening every index.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.bench.options import amount, bench_parser, count
 from pipeline.data.order import LANE_DEPTH, ChunkInterleave, LayoutChange
 from pipeline.data.shards import CHUNK_DTYPE
 
@@ -100,18 +100,16 @@ def _simulate(job: Job) -> tuple[float, float]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="qsparse bench data-scale", description="Opens, requests, bytes and memory of reading at any scale."
-    )
+    parser = bench_parser("data-scale", "Opens, requests, bytes and memory of reading at any scale.")
     add = parser.add_argument
-    add("--tokens", type=float, default=15e12, help="tokens of the corpus (default: 15e12)")
-    add("--gpus", type=int, default=8192, help="GPUs of the job (default: 8192)")
-    add("--gpus-per-replica", type=int, default=8, help="tp * pp * cp (default: 8)")
-    add("--gpus-per-node", type=int, default=8, help="GPUs of a node (default: 8)")
-    add("--seq-length", type=int, default=4096, help="tokens per sequence (default: 4096)")
-    add("--global-batch-size", type=int, default=4096, help="sequences per step (default: 4096)")
-    add("--tokens-per-second", type=float, default=72e6, help="of the job (default: 72e6, 8 B parameters at 42%% MFU)")
-    add("--chunk-tokens", type=int, default=2**20, help="tokens per chunk (default: 1048576)")
+    add("--tokens", type=amount, default=15e12, help="tokens of the corpus (default: 15e12)")
+    add("--gpus", type=count, default=8192, help="GPUs of the job (default: 8192)")
+    add("--gpus-per-replica", type=count, default=8, help="tp * pp * cp (default: 8)")
+    add("--gpus-per-node", type=count, default=8, help="GPUs of a node (default: 8)")
+    add("--seq-length", type=count, default=4096, help="tokens per sequence (default: 4096)")
+    add("--global-batch-size", type=count, default=4096, help="sequences per step (default: 4096)")
+    add("--tokens-per-second", type=amount, default=72e6, help="of the job (default: 72e6, 8 B parameters at 42%% MFU)")
+    add("--chunk-tokens", type=count, default=2**20, help="tokens per chunk (default: 1048576)")
     add("--bytes-per-token", type=int, choices=(2, 4), default=4, help="2 up to 65,536 ids (default: 4)")
     add("--markdown", action="store_true", help="print the table as it stands in docs/data.md")
     options = vars(parser.parse_args(arguments))

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from pipeline.bench.machine import machine_lines
 from pipeline.bench.moe_worker import BOUNDS, SHAPES, Job
+from pipeline.bench.options import add_result_options, bench_parser, check_drawable, count
 from pipeline.bench.results import Row, extend_csv, markdown_table, publish, read_csv, source
 
 BASELINE = "torch._grouped_mm"
@@ -32,16 +33,15 @@ TITLE = "One MoE layer, 16384 tokens per GPU, forward and backward (speed-up ove
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="qsparse bench moe", description=__doc__.split("\n\n")[0] if __doc__ else "")
+    parser = bench_parser("moe", __doc__)
     add = parser.add_argument
     add("--layers", nargs="+", default=[*SHAPES][:2], metavar="NAME", help=f"some of {'; '.join(SHAPES)}")
-    add("--gpus", type=int, default=1, metavar="N", help="expert-parallel processes (default: 1)")
+    add("--gpus", type=count, default=1, metavar="N", help="expert-parallel processes (default: 1)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where (default: cuda)")
-    add("--rounds", type=int, default=9, metavar="N", help="times that every variant is timed (default: 9)")
-    add("--output", type=Path, default=Path("runs/bench/moe"), metavar="FOLDER", help="where moe.csv and moe.png go")
-    add("--draw", action="store_true", help="measure nothing: figure and table from the CSV file in FOLDER")
-    add("--commit", metavar="TEXT", help="commit of the code, for a copy that git does not know")
+    add("--rounds", type=count, default=9, metavar="N", help="times that every variant is timed (default: 9)")
+    add_result_options(parser, Path("runs/bench/moe"))
     options = parser.parse_args(arguments)
+    check_drawable(parser, options, "moe")
     for layer in options.layers:
         if layer not in SHAPES:
             parser.error(f"--layers {layer!r}: expected some of {'; '.join(SHAPES)}")

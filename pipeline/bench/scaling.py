@@ -19,6 +19,7 @@ from rich.console import Console
 
 from pipeline.bench.kernels.drawing import COLORS, panels, save, unique
 from pipeline.bench.machine import machine_lines
+from pipeline.bench.options import count
 from pipeline.bench.results import Row, extend_csv, markdown_table, publish, read_csv, source
 from pipeline.bench.train_options import missing, parse, training_parser
 from pipeline.bench.train_ranks import Result, measure_all
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = training_parser("scaling", __doc__ or "", _EPILOG, shapes=["1.3b"], variants=variants)
     add = parser.add_argument
     add("--layouts", nargs="+", type=_layout, default=[(2, 1), (1, 2)], metavar="L", help="default: dp=2 tp=2")
-    add("--micro-batch", type=int, metavar="N", help="sequences per GPU (default: by shape)")
+    add("--micro-batch", type=count, metavar="N", help="sequences per GPU (default: by shape)")
     return parser
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.bench.machine import machine_lines
+from pipeline.bench.options import count
 from pipeline.bench.results import extend_csv, publish, read_csv, source
 from pipeline.bench.train_categories import ACTIVATIONS
 from pipeline.bench.train_options import missing, parse, training_parser
@@ -66,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = training_parser("train", __doc__ or "", _EPILOG, shapes=["350m", "1.3b"], variants=list(VARIANTS))
     add = parser.add_argument
-    add("--micro-batch", type=int, metavar="N", help="sequences per forward pass, and no other (default: by shape)")
-    add("--microbatches", type=int, default=1, metavar="N", help="forward passes per step (default: 1)")
+    add("--micro-batch", type=count, metavar="N", help="sequences per forward pass, and no other (default: by shape)")
+    add("--microbatches", type=count, default=1, metavar="N", help="forward passes per step (default: 1)")
     add("--data", metavar="FOLDER", help="prepared dataset instead of random tokens")
     return parser
 

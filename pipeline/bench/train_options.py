@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from pipeline.bench.options import add_result_options, amount, bench_parser, check_drawable, count
 from pipeline.bench.train_variants import SHAPES, VARIANTS, Order
 
 
@@ -21,29 +22,24 @@ def training_parser(
         shapes: measured if none are named.
         variants: likewise.
     """
-    parser = argparse.ArgumentParser(
-        prog=f"qsparse bench {name}",
-        description=doc.split("\n\n")[0],
-        epilog=epilog + "\nvariants:\n" + "".join(f"  {name:24} {v.summary}\n" for name, v in VARIANTS.items()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    described = "".join(f"  {name:24} {variant.summary}\n" for name, variant in VARIANTS.items())
+    parser = bench_parser(name, doc, f"{epilog}\nvariants:\n{described}")
     add = parser.add_argument
     add("--shapes", type=_names, default=list(shapes), metavar="NAMES", help=f"some of {','.join(SHAPES)}")
     add("--variants", type=_names, default=list(variants), metavar="NAMES", help="see below")
-    add("--steps", type=int, default=6, metavar="N", help="steps measured of each (default: 6)")
-    add("--warmup-steps", type=int, default=5, metavar="N", help="before that; a graph takes 4 (default: 5)")
+    add("--steps", type=count, default=6, metavar="N", help="steps measured of each (default: 6)")
+    add("--warmup-steps", type=count, default=5, metavar="N", help="before that; a graph takes 4 (default: 5)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where (default: cuda)")
-    add("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest time for one variant (default: 600)")
+    add("--timeout", type=amount, default=600.0, metavar="SECONDS", help="longest time for one variant (default: 600)")
     add("--total-seconds", type=float, default=math.inf, metavar="N", help="then end; what is left is named")
-    add("--output", type=Path, default=Path("runs/bench", name), metavar="FOLDER", help="where results go")
-    add("--draw", action="store_true", help="measure nothing: figures and tables from the CSV files in FOLDER")
-    add("--commit", metavar="TEXT", help="commit of the code, for a copy that git does not know")
+    add_result_options(parser, Path("runs/bench", name))
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; unknown names of shapes and variants end the process like any wrong option."""
+    """The options; unknown names of shapes and variants, and nothing to draw, end the process like any wrong option."""
     options = parser.parse_args(arguments)
+    check_drawable(parser, options, parser.prog.rpartition(" ")[2])
     for name, known in (("shapes", SHAPES), ("variants", VARIANTS)):
         unknown = [value for value in getattr(options, name) if value not in known]
         if unknown:

@@ -20,6 +20,7 @@ from rich.console import Console
 
 from pipeline.bench.kernels.drawing import COLORS, panels, save, unique
 from pipeline.bench.machine import machine_lines
+from pipeline.bench.options import add_result_options, amount, bench_parser, check_drawable, count
 from pipeline.bench.results import Row, extend_csv, markdown_table, publish, read_csv, source
 from pipeline.bench.train_ranks import Ranks
 
@@ -92,18 +93,18 @@ def configuration(curve: Curve, options: argparse.Namespace) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, write and draw; returns the exit code: 1 if a curve could not be trained."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    check_drawable(parser, options, "trajectories")
     console = Console(soft_wrap=True)
     if options.draw:
         return _draw(options.output, console)
     if not options.data:
-        raise SystemExit("qsparse bench trajectories: --data FOLDER, a prepared dataset, is needed")
+        parser.error("--data FOLDER, a prepared dataset, is needed")
+    if unknown := [name for name in options.curves or () if name not in CURVES]:
+        parser.error(f"--curves {'; '.join(unknown)}: expected some of {'; '.join(CURVES)}")
     import torch
 
-    if unknown := [name for name in options.curves or () if name not in CURVES]:
-        raise SystemExit(
-            f"qsparse bench trajectories: --curves {'; '.join(unknown)}: expected some of {'; '.join(CURVES)}"
-        )
     gpus = torch.cuda.device_count() if options.device == "cuda" else options.processes
     chosen = {name: CURVES[name] for name in options.curves or CURVES}
     wanted = {name: curve for name, curve in chosen.items() if curve.tp * curve.dp <= gpus}
@@ -113,24 +114,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="qsparse bench trajectories",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = bench_parser("trajectories", __doc__)
     add = parser.add_argument
     add("--data", metavar="FOLDER", help="prepared dataset")
     add("--shape", choices=SHAPES, default="100m", help="model (default: 100m)")
     add(
         "--curves", nargs="+", metavar="NAME", help="only these; they join those in the CSV of the same machine and day"
     )
-    add("--steps", type=int, default=500, metavar="N", help="optimizer steps of each (default: 500)")
+    add("--steps", type=count, default=500, metavar="N", help="optimizer steps of each (default: 500)")
     add("--device", choices=("cuda", "cpu"), default="cuda", help="where (default: cuda)")
-    add("--processes", type=int, default=1, metavar="N", help="on the CPU: as many as GPUs (default: 1)")
-    add("--timeout", type=float, default=600.0, metavar="SECONDS", help="longest time of one (default: 600)")
-    add("--output", type=Path, default=Path("runs/bench/trajectories"), metavar="FOLDER", help="where results go")
-    add("--draw", action="store_true", help="train nothing: figure and table from the CSV file in FOLDER")
-    add("--commit", metavar="TEXT", help="commit of the code, for a copy that git does not know")
+    add("--processes", type=count, default=1, metavar="N", help="on the CPU: as many as GPUs (default: 1)")
+    add("--timeout", type=amount, default=600.0, metavar="SECONDS", help="longest time of one (default: 600)")
+    add_result_options(parser, Path("runs/bench/trajectories"))
     return parser
 
 

@@ -133,6 +133,9 @@ def test_every_error_at_once_with_its_place(write):
         ("model: {qsparse: {rescale: l2}}", "model.qsparse: rescale=l2 needs sparsity > 0"),
         ("model: {qsparse: {sparsity: 0.3, pattern: block}}", "model.qsparse: pattern=block keeps N of block_size=32"),
         ("checkpoint: 7", "checkpoint: expected a section with keys, got 7"),
+        ("model: {num_layers: true}", "model.num_layers: expected a number, got true"),
+        ("optimizer: {lr: false}", "optimizer.lr: expected a number, got false"),
+        ("profile: {steps: [true, 2]}", "profile.steps: expected a number, got [true, 2]"),
     ],
 )
 def test_messages(write, text, expected):

@@ -3,7 +3,6 @@
 No speed is printed for a section one of whose kernels disagrees with its reference; the exit code is then 1.
 """
 
-import argparse
 import importlib
 import math
 import sys
@@ -18,6 +17,7 @@ from pipeline.bench.kernels.case import Options, Section
 from pipeline.bench.kernels.runner import run_section, sweep_section
 from pipeline.bench.kernels.timing import Rates
 from pipeline.bench.machine import machine_lines
+from pipeline.bench.options import add_result_options, amount, bench_parser, check_drawable
 from pipeline.bench.results import extend_csv, publish, read_csv, source
 
 SECTIONS = {
@@ -46,26 +46,22 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="qsparse bench kernels",
-        description=__doc__.split("\n\n")[0] if __doc__ else None,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = bench_parser("kernels", __doc__, _EPILOG)
     add = parser.add_argument
     add("--only", metavar="NAMES", help=f"some of {','.join(SECTIONS)}, separated by commas (default: all)")
-    add("--output", type=Path, default=Path("runs/bench/kernels"), metavar="FOLDER", help="where results go")
-    add("--seconds", type=float, default=math.inf, metavar="N", help="begin no case of a section after so many seconds")
+    add(
+        "--seconds", type=amount, default=math.inf, metavar="N", help="begin no case of a section after so many seconds"
+    )
     add("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     add("--quick", action="store_true", help="one case per section, fewer rounds, nothing compiled by torch.compile")
     add("--sweep", action="store_true", help="time launches of our own kernels instead, fastest first; writes nothing")
-    add("--draw", action="store_true", help="measure nothing: make figures and tables from the CSV files in FOLDER")
-    add("--commit", metavar="TEXT", help="commit of the code, for a copy that git does not know")
+    add_result_options(parser, Path("runs/bench/kernels"))
     options = parser.parse_args(arguments)
     names = options.only.split(",") if options.only else list(SECTIONS)
     unknown = [name for name in names if name not in SECTIONS]
     if unknown:
         parser.error(f"--only {','.join(unknown)}: expected some of {', '.join(SECTIONS)}")
+    check_drawable(parser, options, *names)
     console = Console(soft_wrap=True)
     if options.draw:
         return draw({name: load_section(name) for name in names}, options.output, console)
