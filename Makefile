@@ -1,6 +1,6 @@
 # make train     the quickstart: environment, data, training, on any machine with Python 3.11 or newer
 # make test      everything that CI checks, without a GPU
-# make test-gpu  the tests that need a CUDA GPU
+# make test-gpu  every kernel and training on CUDA GPUs, one or two
 # make bench-gpu all measurements of docs/performance.md, on a machine with CUDA GPUs
 # make docs-test every command of README.md and docs/
 # make lint, make format, make clean
@@ -41,8 +41,10 @@ train: env
 test: lint
 	bash .ci/test
 
+# Most of a kernel's test is compiling, which takes a core each; the others train, one after the other.
 test-gpu: env
-	pytest -m gpu
+	pytest -m gpu -n 8 tests/kernels tests/moe tests/bench
+	pytest -m gpu tests/gpu
 
 bench-gpu: env
 	test -d data/stdlib || qsparse data prepare --source stdlib --output data/stdlib

@@ -19,14 +19,12 @@ from pipeline.bench.kernels.sparsify import SparsifyCase
 from pipeline.bench.kernels.ternarize import TernarizeCase
 from pipeline.bench.kernels.two_four import OURS, TwoFourCase
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
 
 def failed(checks) -> list[str]:
     return [check.what for check in checks if not check.passed]
 
 
-def test_sparsify_gate():
+def test_sparsify_gate(device: str):
     def one_too_few(x: Tensor, kept: int | None, block: int | None):
         return sparsify(x, None if kept is None else kept - 1, block)
 
@@ -34,20 +32,20 @@ def test_sparsify_gate():
         codes, scale = sparsify(x, kept, block)
         return codes, torch.nextafter(scale, scale + 1)
 
-    assert failed(SparsifyCase(8, 128, DEVICE).checks()) == []
-    wrong = failed(SparsifyCase(8, 128, DEVICE, function=one_too_few).checks())
+    assert failed(SparsifyCase(8, 128, device).checks()) == []
+    wrong = failed(SparsifyCase(8, 128, device, function=one_too_few).checks())
     assert wrong == ["codes, top-k 50%", "codes, 16:32", "codes, 2:4"]
-    assert len(failed(SparsifyCase(8, 128, DEVICE, function=scale_off_by_a_bit).checks())) == 4
+    assert len(failed(SparsifyCase(8, 128, device, function=scale_off_by_a_bit).checks())) == 4
 
 
-def test_ternarize_gate():
+def test_ternarize_gate(device: str):
     def one_flipped(table, scale, dtype):
         codes = ternarize.codes(table, scale, dtype)
         codes[3] = 1 - codes[3].abs()
         return codes
 
-    assert failed(TernarizeCase(1, DEVICE, hidden=32, ffn=48).checks()) == []
-    assert failed(TernarizeCase(1, DEVICE, hidden=32, ffn=48, function=one_flipped).checks()) != []
+    assert failed(TernarizeCase(1, device, hidden=32, ffn=48).checks()) == []
+    assert failed(TernarizeCase(1, device, hidden=32, ffn=48, function=one_flipped).checks()) != []
 
 
 @dataclass
@@ -107,7 +105,7 @@ def test_relative_error_is_that_of_all_rows():
     assert relative_error(got, want) == pytest.approx(expected, rel=1e-5)
 
 
-def test_grouped_gate():
+def test_grouped_gate(device: str):
     def forgets_the_last_row(*args, **options):
         y = grouped_gemm.grouped_forward(*args, **options)
         y[-1] = 0
@@ -115,30 +113,30 @@ def test_grouped_gate():
 
     shape = Shape(3, 40, 32, 48)
     # Floats are left out: the interpreter cuts off where the GPU rounds.
-    assert "forward, int8" not in failed(GroupedCase(shape, DEVICE).checks())
-    assert "forward, int8" in failed(GroupedCase(shape, DEVICE, forward=forgets_the_last_row).checks())
+    assert "forward, int8" not in failed(GroupedCase(shape, device).checks())
+    assert "forward, int8" in failed(GroupedCase(shape, device, forward=forgets_the_last_row).checks())
 
 
-def test_decode_gate():
+def test_decode_gate(device: str):
     def without_scale(x, weight, *, weight_scale_O, **options):
         return decode.ternary_gemv(x, weight, weight_scale_O=torch.ones_like(weight_scale_O), **options)
 
     small = {"sparsities": (0.0, 0.5), "rotation_bytes": 1}
-    assert failed(DecodeCase(64, 48, 2, DEVICE, **small).checks()) == []
-    wrong = failed(DecodeCase(64, 48, 2, DEVICE, gemv=without_scale, **small).checks())
+    assert failed(DecodeCase(64, 48, 2, device, **small).checks()) == []
+    wrong = failed(DecodeCase(64, 48, 2, device, gemv=without_scale, **small).checks())
     assert wrong == ["ternary gemv, 0% zeros", "ternary gemv, 50% zeros"]
 
 
-def test_ways_of_the_exact_backward_agree():
-    assert failed(ExactWaysCase(64, 48, 32, DEVICE).checks()) == []
+def test_ways_of_the_exact_backward_agree(device: str):
+    assert failed(ExactWaysCase(64, 48, 32, device).checks()) == []
 
 
-def test_two_four_gate():
+def test_two_four_gate(device: str):
     def rounded(codes, ternary, **scales):
         return gemm(codes, ternary, dtype=torch.float32, **scales).bfloat16()  # the interpreter would cut off
 
     def half(codes, ternary, **scales):
         return rounded(codes, ternary, **scales) / 2
 
-    assert failed(TwoFourCase(64, 48, 16, DEVICE, product=rounded).checks()) == []
-    assert failed(TwoFourCase(64, 48, 16, DEVICE, product=half).checks()) == [OURS]
+    assert failed(TwoFourCase(64, 48, 16, device, product=rounded).checks()) == []
+    assert failed(TwoFourCase(64, 48, 16, device, product=half).checks()) == [OURS]

@@ -15,10 +15,7 @@ from qsparse_layers.linear_call import LinearCall, WeightParts
 from tests.distributed.test_layouts import DENSE, DP, FULL, PP, TP, TP_SP, VPP, case
 from tests.testing import torchrun
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 TWO_GPUS = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
 
 TOPK = LinearFormat(sparsity=0.4, weights="ternary", activations="int8")

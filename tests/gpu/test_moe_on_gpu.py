@@ -10,10 +10,7 @@ import torch
 from tests.distributed.test_layouts import FULL, case
 from tests.gpu.test_layer_on_gpu import on_gpu, train
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 MIXTURES = {
     "classic": {"num_experts": 8, "top_k": 2, "ffn_hidden_size": 64},
     "fine": {"num_experts": 64, "top_k": 8, "ffn_hidden_size": 64, "shared_ffn_hidden_size": 32, "layer_frequency": 2},

@@ -10,15 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from pipeline.bench.trajectories import smoothed
 from tests.testing import torchrun
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 STEPS = 150
 WINDOW = 10
 

@@ -1,6 +1,5 @@
-"""Kernels run on the GPU where there is one, else under Triton's interpreter, chosen before triton loads."""
+"""What every test of a kernel has: memory that shows what was not written, and bf16 as the kernels round."""
 
-import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -8,14 +7,6 @@ import torch
 from torch import Tensor
 
 from tests.kernels.guard import GuardedMemory
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
-
-@pytest.fixture(scope="session")
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(scope="session")

@@ -10,30 +10,29 @@ from kernels.gradient_table import GradientTable
 from moe.products import LoopedProducts, StackedWeights, TritonProducts
 from qsparse_layers.linear_call import Codes
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NUM_OUTPUTS, NUM_INPUTS, OFFSETS = 256, 64, (0, 5, 5, 14)
 
 
-def operands(num_parts: int) -> tuple[Codes, StackedWeights, torch.Tensor, torch.Tensor]:
+def operands(num_parts: int, device: str) -> tuple[Codes, StackedWeights, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(num_parts)
     T = OFFSETS[-1]
     x = Codes(
-        torch.randint(-128, 128, (T, NUM_INPUTS), generator=generator, dtype=torch.int8).to(DEVICE),
-        (torch.rand(T, 1, generator=generator) + 0.1).to(DEVICE),
+        torch.randint(-128, 128, (T, NUM_INPUTS), generator=generator, dtype=torch.int8).to(device),
+        (torch.rand(T, 1, generator=generator) + 0.1).to(device),
     )
     weights: list[tuple[torch.Tensor, torch.Tensor | None]] = []
     for _ in range(len(OFFSETS) - 1):
         codes = torch.randint(-1, 2, (NUM_OUTPUTS, NUM_INPUTS), generator=generator, dtype=torch.int8)
         scale = torch.rand(num_parts, generator=generator) + 0.2
         rows = scale if num_parts == 1 else scale.repeat_interleave(NUM_OUTPUTS // num_parts).unsqueeze(1)
-        weights.append((codes.to(DEVICE), rows.to(DEVICE)))
-    grad = torch.randn(T, NUM_OUTPUTS, generator=generator).bfloat16().to(DEVICE)
-    return x, StackedWeights.of(weights), torch.tensor(OFFSETS, dtype=torch.int32, device=DEVICE), grad
+        weights.append((codes.to(device), rows.to(device)))
+    grad = torch.randn(T, NUM_OUTPUTS, generator=generator).bfloat16().to(device)
+    return x, StackedWeights.of(weights), torch.tensor(OFFSETS, dtype=torch.int32, device=device), grad
 
 
 @pytest.mark.parametrize("num_parts", [1, 2])
-def test_triton_computes_what_the_loop_does(num_parts: int) -> None:
-    x, weights, offsets, grad = operands(num_parts)
+def test_triton_computes_what_the_loop_does(num_parts: int, device: str) -> None:
+    x, weights, offsets, grad = operands(num_parts, device)
     looped, triton = LoopedProducts(ReferenceKernels()), TritonProducts(ReferenceKernels())
     assert torch.equal(
         triton.forward(x, weights, offsets, dtype=torch.bfloat16),
@@ -52,8 +51,8 @@ def test_triton_computes_what_the_loop_does(num_parts: int) -> None:
             assert float((mine.double() - theirs.double()).norm() / theirs.double().norm()) < tolerance
 
 
-def test_experts_kept_in_bf16_change_no_bit() -> None:
-    x, weights, offsets, grad = operands(num_parts=2)
+def test_experts_kept_in_bf16_change_no_bit(device: str) -> None:
+    x, weights, offsets, grad = operands(2, device)
     keeping, plain = TritonProducts(kernels_for("cuda", keep_bf16_weights=True)), TritonProducts(kernels_for("cuda"))
     expanded = keeping.expand(weights)
     assert expanded is not None and torch.equal(expanded, weights.codes.bfloat16())
