@@ -14,7 +14,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -110,6 +110,16 @@ class Cluster:
         for process in (daemon, *keepers, *tasks):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    @contextmanager
+    def silent_controller(self) -> Iterator[None]:
+        """slurmctld hears and does not answer meanwhile."""
+        controller = psutil.Process(int((self.base / "slurmctld.pid").read_text()))
+        controller.suspend()
+        try:
+            yield
+        finally:
+            controller.resume()
 
     def cancel_jobs(self) -> None:
         """End what runs or waits."""

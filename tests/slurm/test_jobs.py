@@ -1,6 +1,7 @@
 """The life of jobs on a real SLURM, as their owner sees it."""
 
 import re
+from contextlib import ExitStack
 
 import pytest
 
@@ -126,13 +127,17 @@ def test_what_slurm_would_never_start_is_not_queued(user: User, options: list[st
 
 
 def test_the_time_limit_saves_and_requeues(user: User) -> None:
+    """Also when SLURM's controller does not answer at the moment when the job wants to be requeued."""
     job = user.launch("limited", "training.steps=100000", "checkpoint.interval=0", "--time", "20", nodes=1)
     user.wait_until_training("limited", 0)
     minutes = int(user.cluster.job(job)["RunTime"].split(":")[1])
-    with user.paused("limited"):  # SLURM looks at the limits every 30 s
-        user.cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}")  # within signal_seconds
-        wait_until(lambda: "asking the ranks to save" in user.log("limited"), 180, lambda: user.log("limited"))
-    wait_until(lambda: bool(user.decisions("limited")), 120, lambda: user.log("limited"))
+    with ExitStack() as silence:
+        with user.paused("limited") as ranks:  # SLURM looks at the limits every 30 s
+            user.cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}")  # within signal_seconds
+            wait_until(lambda: all(map(user.is_asked_to_end, ranks)), 180, lambda: user.log("limited"))
+            silence.enter_context(user.cluster.silent_controller())
+        asks_again = "SLURM does not take the job back; asking again"
+        wait_until(lambda: asks_again in user.log("limited"), 120, lambda: user.log("limited"))
     decision = user.decisions("limited")[0]
     assert decision.startswith("requeue stopped (the time limit is near) at step "), user.log("limited")
     stopped_at = int(decision.split()[-1])
