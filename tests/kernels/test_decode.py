@@ -72,7 +72,7 @@ def test_gemv_is_bit_equal_to_the_reference(kind: str, device: str) -> None:
     for shape in shapes(device):
         case = Case(kind, shape, device)
         weight = pack_ternary(case.ternary_OD, layout="column")
-        for config in GEMV_CONFIGS:
+        for config in GEMV_CONFIGS if kind == "normal" else [None]:  # which divide the features, not the values
             config = config and with_enough_turns(config, shape[1])
             found = ternary_gemv(case.codes_TD, weight, **case.scales, config=config, out=case.poisoned.clone())
             assert torch.equal(found, case.expected), (shape, config)
