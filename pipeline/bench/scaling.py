@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pipeline.bench.kernels.drawing import COLORS, panels, save, unique
 from pipeline.bench.machine import machine_lines
-from pipeline.bench.options import count
+from pipeline.bench.options import check_drawable, count
 from pipeline.bench.results import Row, extend_csv, markdown_table, publish, read_csv, source
 from pipeline.bench.train_options import missing, parse, training_parser
 from pipeline.bench.train_ranks import Result, measure_all
@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code: 1 if anything failed."""
     parser = _parser()
     options = parse(parser, arguments)
+    check_drawable(parser, options, "scaling")
     console = Console(soft_wrap=True)
     if options.draw:
         return _draw(options.output, console)

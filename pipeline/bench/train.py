@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.bench.machine import machine_lines
-from pipeline.bench.options import count
+from pipeline.bench.options import check_drawable, count
 from pipeline.bench.results import extend_csv, publish, read_csv, source
 from pipeline.bench.train_categories import ACTIVATIONS
 from pipeline.bench.train_options import missing, parse, training_parser
@@ -52,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code: 1 if a variant failed, not if its library is absent."""
     parser = _parser()
     options = parse(parser, arguments)
+    check_drawable(parser, options, "train")
     console = Console(soft_wrap=True)
     if options.draw:
         return _draw(options.output, console)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.bench.options import add_result_options, amount, bench_parser, check_drawable, count
+from pipeline.bench.options import add_result_options, amount, bench_parser, count
 from pipeline.bench.train_variants import SHAPES, VARIANTS, Order
 
 
@@ -37,9 +37,8 @@ def training_parser(
 
 
 def parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options; unknown names of shapes and variants, and nothing to draw, end the process like any wrong option."""
+    """The options; unknown names of shapes and variants end the process like any wrong option."""
     options = parser.parse_args(arguments)
-    check_drawable(parser, options, parser.prog.rpartition(" ")[2])
     for name, known in (("shapes", SHAPES), ("variants", VARIANTS)):
         unknown = [value for value in getattr(options, name) if value not in known]
         if unknown:

@@ -158,12 +158,12 @@ def test_what_slurm_says_is_passed_on(tmp_path, monkeypatch):
         submit(prepare(request(tmp_path), CPU))
 
 
-if __name__ == "__main__":
-    for profile_path in PROFILES:
-        (GOLDEN / f"{profile_path.stem}.sbatch").write_text(render(golden_job(profile_path)))
-
-
 @pytest.mark.parametrize("limit", ["0", "2"])
 def test_a_limit_of_an_array_that_there_is_not(limit, capsys):
     assert main(["launch", "slurm", str(ROOT / "configs/qsparse.yaml"), "--array-limit", limit, "--dry-run"]) == 2
     assert f"--array-limit {limit}: at least 1 is expected, together with --sweep" in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    for profile_path in PROFILES:
+        (GOLDEN / f"{profile_path.stem}.sbatch").write_text(render(golden_job(profile_path)))
