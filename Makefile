@@ -8,6 +8,7 @@
 # Variables:
 #   PYTHON=python3.12          interpreter for .venv (default: the first of python3, python3.12, python3.11 that fits)
 #   EXTRAS=dev,gpu             extras of pyproject.toml to install (default: dev)
+#   WORKERS=16                 processes of make test-gpu's kernel tests: a core each, one GPU for all (default: 8)
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 #                              read by pip: the CPU build of torch instead of PyPI's, which brings several GB of CUDA
 
@@ -19,6 +20,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS ?= dev
+WORKERS ?= 8
 comma := ,
 STAMP := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 CODE := kernels qsparse_layers moe pipeline launch tests benchmarks docs
@@ -43,7 +45,7 @@ test: lint
 
 # Most of a kernel's test is compiling, which takes a core each; the others train, one after the other.
 test-gpu: env
-	pytest -m gpu -n 8 tests/kernels tests/moe tests/bench
+	pytest -m gpu -n $(WORKERS) tests/kernels tests/moe tests/bench
 	pytest -m gpu tests/gpu
 
 bench-gpu: env

@@ -137,9 +137,11 @@ class Tiling:
 TILINGS_8_BIT = (
     Tiling(128, 256, 128, warps=8, stages=3),
     Tiling(128, 256, 128, warps=8, stages=4, halves=True),
+    Tiling(128, 256, 128, warps=8, stages=3, halves=True),
     Tiling(128, 128, 128, warps=4, stages=4),
-    Tiling(256, 128, 128, warps=8, stages=4),
+    Tiling(256, 128, 128, warps=8, stages=3),
 )
+"""Of 8-bit operands.  The first, second and last fit a Hopper GPU's shared memory with results in 16 bits only."""
 TILINGS_16_BIT = tuple(replace(tiling, k=64) for tiling in TILINGS_8_BIT)
 _TILINGS_INTERPRETED = (Tiling(16, 32, 32, warps=1, stages=1, flatten=False, halves=True, group=2),)
 _tiles_8_bit = Tuner(_gemm_kernel, _TILINGS_INTERPRETED if INTERPRETED else TILINGS_8_BIT)

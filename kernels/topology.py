@@ -166,7 +166,8 @@ def expert_topology(
         block: rows and columns of a tile.
 
     Returns:
-        Topology of num_row_blocks x (E * features / block[1]) blocks, at full capacity, built without waiting.
+        Topology of num_row_blocks x (E * features / block[1]) blocks, at full capacity, built without waiting and
+        without the mask that `from_mask` would read: a mixture makes one per layer and microbatch.
 
     Raises:
         ValueError: a feature count that is no multiple of the tile, or offsets of another kind.
@@ -176,12 +177,35 @@ def expert_topology(
         raise ValueError(f"padded_offsets: {padded_offsets.dtype} {list(padded_offsets.shape)}, expected int32 [E + 1]")
     if features_per_expert <= 0 or features_per_expert % block[1]:
         raise ValueError(f"features_per_expert={features_per_expert}: expected a positive multiple of {block[1]}")
-    per_expert, E = features_per_expert // block[1], padded_offsets.shape[0] - 1
-    first_row = torch.arange(num_row_blocks, device=padded_offsets.device) * block[0]
-    expert_R = torch.searchsorted(padded_offsets[1:].contiguous(), first_row, right=True)
-    expert_C = torch.arange(E * per_expert, device=padded_offsets.device) // per_expert
-    mask_RC = expert_R.unsqueeze(1) == expert_C.unsqueeze(0)
-    return from_mask(mask_RC, block, capacity=num_row_blocks * per_expert)
+    per_expert, R = features_per_expert // block[1], num_row_blocks
+    capacity, first_E = R * per_expert, (padded_offsets // block[0]).long()
+    used_rows, place = first_E[-1], torch.arange(capacity, device=padded_offsets.device)
+    used = place < used_rows * per_expert
+    row = place // per_expert
+    expert = torch.searchsorted(first_E[1:].contiguous(), row, right=True).clamp(max=len(first_E) - 2)
+    first, blocks = first_E[expert], first_E.diff()[expert].clamp(min=1)
+    # In column order an expert's tiles take the places that they take in row order.
+    within = place - first * per_expert
+    row_in_column = first + within % blocks
+    counts_C = first_E.diff().repeat_interleave(per_expert, output_size=per_expert * (len(first_E) - 1))
+    row_offsets = torch.arange(R + 1, device=place.device).clamp(max=used_rows) * per_expert
+    column_offsets = torch.cat([counts_C.new_zeros(1), counts_C.cumsum(0)])
+    pairs_per_row = (per_expert + 1) // 2
+    group = place // (PAIR_ROWS * pairs_per_row)
+    rows_of_group = (used_rows - PAIR_ROWS * group).clamp(1, PAIR_ROWS)
+    in_group = place % (PAIR_ROWS * pairs_per_row)
+    pair_tile = (PAIR_ROWS * group + in_group % rows_of_group) * per_expert + 2 * (in_group // rows_of_group)
+    num_pairs = used_rows * pairs_per_row
+    columns, order = expert * per_expert + place % per_expert, row_in_column * per_expert + within // blocks
+    rows, columns, order, row_in_column = (
+        torch.where(used, index, 0).to(torch.int32) for index in (row, columns, order, row_in_column)
+    )
+    row_offsets, column_offsets = row_offsets.to(torch.int32), column_offsets.to(torch.int32)
+    return Topology(
+        block, row_offsets, column_offsets, rows, columns, order, row_in_column,
+        _longest(row_offsets, capacity), _longest(column_offsets, capacity),
+        torch.where(place < num_pairs, pair_tile, 0).to(torch.int32), num_pairs.to(torch.int32).view(1),
+    )  # fmt: skip
 
 
 def expert_row_blocks(num_tokens: int, num_experts: int, block_rows: int) -> int:

@@ -6,6 +6,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from qsparse_layers.config import StrictModel
 
+EXPERT_TILE = 128
+"""Rows and features of a tile of experts in bf16 (`moe.block_sparse`); widths are multiples of it."""
+
 
 class MoEConfig(StrictModel):
     """Replaces the FFN of the chosen layers by `num_experts` experts, `top_k` of them per token."""

@@ -8,7 +8,8 @@ to bf16), and weight gradients are added to each expert's own buffer, wherever i
 parameters, instead of one tall tensor, costs this copy of codes (half of the bf16 weights' bytes, once per step) and
 buys checkpoints, rules, initialization and optimizer state without a second form.
 
-Experts of several formats, or quantization in its warm-up, run one after the other.
+Experts in bf16 run as block-sparse products (`moe.block_sparse`); those of several formats, or whose quantization is in
+its warm-up, one after the other.
 """
 
 from collections.abc import Sequence
@@ -19,12 +20,15 @@ import torch
 from torch import Tensor
 
 from kernels.gradient_table import GradientTable
+from moe.block_sparse import BlockSparseExperts
 from moe.dispatcher import ExpertInput
 from moe.experts import QSparseSequentialMLP
 from moe.front import GroupedFused
+from moe.per_step import PerStep, is_captured
 from moe.products import GroupedProducts, StackedWeights, grouped_products_for
 from qsparse_layers.functional import prepare_fused, prepare_input, prepare_weight
 from qsparse_layers.linear_call import Codes, Front, LinearCall, Sharding
+from qsparse_layers.main_grad import main_grad_of, place_holder
 from qsparse_layers.mlp import activate, activation_name
 from qsparse_layers.norm import rms_norm
 from qsparse_layers.parallel import QSparseLinearMixin, QSparseRowParallelLinear
@@ -37,6 +41,7 @@ class QSparseGroupedMLP(QSparseSequentialMLP):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._stacks = [_Stack(), _Stack()]
+        self._block_sparse = BlockSparseExperts(self.config)
         for expert in self.local_experts:
             expert.linear_fc1.is_stacked = expert.linear_fc2.is_stacked = True
 
@@ -44,9 +49,11 @@ class QSparseGroupedMLP(QSparseSequentialMLP):
         """Unweighted outputs [T, hidden]."""
         ups = [expert.linear_fc1 for expert in self.local_experts]
         downs = [expert.linear_fc2 for expert in self.local_experts]
+        if self._block_sparse.takes(tokens, ups, downs):
+            return self._block_sparse.outputs(tokens.x, _offsets(tokens_per_expert, tokens.x.device), ups, downs)
         if not (_is_groupable(ups) and _is_groupable(downs)):
-            if _is_captured(tokens.x):
-                raise RuntimeError("experts of several formats run one after the other: set run.cuda_graph=false")
+            if is_captured(tokens.x):
+                raise RuntimeError("these experts run one after the other: set run.cuda_graph=false")
             return super().outputs(tokens, tokens_per_expert)
         offsets = _offsets(tokens_per_expert, tokens.x.device)
         hidden = _grouped_linear(tokens, ups, offsets, self._stacks[0])
@@ -59,11 +66,6 @@ class QSparseGroupedMLP(QSparseSequentialMLP):
         if gains is not None:
             hidden = _sub_norm(hidden, gains, downs[0], offsets)
         return _grouped_linear(ExpertInput(hidden), downs, offsets, self._stacks[1])
-
-
-def _is_captured(tensor: Tensor) -> bool:
-    """Whether what is done to the tensor now goes into a CUDA graph."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _is_groupable(layers: Sequence[QSparseLinearMixin]) -> bool:
@@ -91,33 +93,28 @@ class _Stack:
     """What the experts' layers of one kind have in common: their codes in one tensor, their gradients in one table."""
 
     def __init__(self) -> None:
-        self._state: object = None
-        self._codes: StackedWeights | None = None
+        self._codes: PerStep[StackedWeights] = PerStep()
         self._main_grads: GradientTable | None = None
 
     def codes(
         self, layers: Sequence[QSparseLinearMixin], sharding: Sharding, products: GroupedProducts
     ) -> StackedWeights:
-        """The ternary codes of `layers`, good until the weights change; in bf16, too, if `products` keep that.
+        """The ternary codes of `layers`, good until the weights change; in bf16, too, if `products` keep that."""
 
-        A CUDA graph that is being captured stacks once more, so that its replays do.
-        """
-        first = layers[0].schedule
-        state = (first.weight_version, _is_captured(layers[0].weight))
-        if self._codes is None or first.weight_version is None or state != self._state:
+        def stack() -> StackedWeights:
             operands = [prepare_weight(layer.weight, layer.call(sharding)) for layer in layers]
             stacked = StackedWeights.of([(operand.values, operand.scale) for operand in operands])
-            if first.weight_version is not None and layers[0].format.gradients == "full":
-                stacked = replace(stacked, expanded=products.expand(stacked))
-            self._codes, self._state = stacked, state
-        return self._codes
+            if layers[0].schedule.weight_version is None or layers[0].format.gradients != "full":
+                return stacked
+            return replace(stacked, expanded=products.expand(stacked))
+
+        return self._codes.get(layers[0], stack)
 
     def main_grads(self, weights: Sequence[Tensor]) -> GradientTable | None:
         """Float32 gradient buffers of megatron-core's data parallelism, which kernels add to (see `functional`)."""
-        buffers = [getattr(weight, "main_grad", None) for weight in weights]
-        if not weights[0].is_cuda or any(buffer is None or buffer.dtype != torch.float32 for buffer in buffers):
+        found = [buffer for buffer in map(main_grad_of, weights) if buffer is not None]
+        if len(found) < len(weights):
             return None
-        found = [buffer for buffer in buffers if buffer is not None]
         known = self._main_grads
         if known is None or any(new is not old for new, old in zip(found, known.buffers, strict=True)):
             self._main_grads = known = GradientTable.of(found)
@@ -192,13 +189,8 @@ class _GroupedLinear(torch.autograd.Function):
             x, gains, rstd = before
             dx, dgains = work.front.fused.backward(dx, x, work.front.before(gains), rstd)
         if dws is None:
-            return dx, dgains, None, None, *map(_place_holder, ctx.weights)
+            return dx, dgains, None, None, *map(place_holder, ctx.weights)
         return dx, dgains, None, None, *(dw.to(weight.dtype) for dw, weight in zip(dws, ctx.weights, strict=True))
-
-
-def _place_holder(weight: Tensor) -> Tensor:
-    setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010 - megatron-core's mark on a parameter
-    return torch.empty_like(weight)  # its hooks run on a gradient; this one is not read
 
 
 def _count(codes: Codes, work: _Work) -> None:

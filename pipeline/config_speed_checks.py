@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from moe.config import MoEConfig
 from pipeline.config_layers import layer_formats
 from pipeline.config_violation import Obstacle, Violation, obstructed, value_of
 
 if TYPE_CHECKING:
-    from moe.config import MoEConfig
     from pipeline.config import Config
 
 
@@ -31,13 +31,16 @@ def _cuda_graph(config: "Config") -> Iterator[Violation]:
         yield from _cuda_graph_with_experts(config, config.model.moe)
 
 
-def _cuda_graph_with_experts(config: "Config", moe: "MoEConfig") -> Iterator[Violation]:
-    """Token counts must not reach the host: experts of one rank, dropless, in grouped products."""
+def _cuda_graph_with_experts(config: "Config", moe: MoEConfig) -> Iterator[Violation]:
+    """Token counts must not reach the host: experts of one rank, dropless, in grouped or block-sparse products."""
     warmup = config.model.qsparse.quantization_warmup
     obstacles = {
         "parallel.ep": Obstacle(config.parallel.ep > 1, "1"),
+        "parallel.etp": Obstacle((config.parallel.etp or 1) > 1, "1"),
         "parallel.tp": Obstacle(config.parallel.tp > 1, "1"),
         "run.backend": Obstacle(config.run.backend == "local", "te"),
+        "run.kernels": Obstacle(config.run.kernels == "reference", "auto"),
+        "training.precision": Obstacle(config.training.precision != "bf16", "bf16"),
         "model.moe.capacity_factor": Obstacle(moe.capacity_factor is not None, "null"),
         "model.moe.dispatcher": Obstacle(moe.dispatcher != "alltoall", "alltoall"),
         "model.moe.execution": Obstacle(moe.execution == "sequential", "grouped"),
@@ -46,23 +49,24 @@ def _cuda_graph_with_experts(config: "Config", moe: "MoEConfig") -> Iterator[Vio
     }
     why = "does not work with model.moe and"
     yield from obstructed(config, "run.cuda_graph=true", "false", obstacles, why=why)
+    formats = layer_formats(config.model, config.parallel).items()
+    experts = [(path, layout) for path, layout in formats if ".experts.local_experts." in path]
+    ups, downs = ({layout for path, layout in experts if name in path} for name in ("linear_fc1", "linear_fc2"))
+    in_bf16 = all(layout.is_plain for _, layout in experts)
     width_key = "model.ffn_hidden_size" if moe.ffn_hidden_size is None else "model.moe.ffn_hidden_size"
     width = moe.ffn_hidden_size or config.model.ffn_hidden_size
     multiple = 16 if config.model.qsparse.gradients == "e4m3" else 64
-    if width % multiple:
+    if width % multiple and not in_bf16:
         message = f"run.cuda_graph=true does not work with model.moe and {width_key}={width}: grouped products take "
         yield Violation(
             (width_key, "run.cuda_graph"), f"{message}multiples of {multiple}; change it or set run.cuda_graph=false"
         )
-    formats = layer_formats(config.model, config.parallel)
-    for name in ("linear_fc1", "linear_fc2"):
-        found = {layout for path, layout in formats.items() if ".experts.local_experts." in path and name in path}
-        if len(found) > 1 or any("full" in (layout.weights, layout.activations) for layout in found):
-            keys = ("model.qsparse.weights", "model.qsparse.activations", "model.qsparse.rules")
-            message = "run.cuda_graph=true does not work with model.moe unless all experts have one format, ternary "
-            message += "weights and int8 activations: change model.qsparse or set run.cuda_graph=false"
-            yield Violation((*keys, "run.cuda_graph"), message)
-            return
+    are_codes = all("full" not in (layout.weights, layout.activations) for _, layout in experts)
+    if not in_bf16 and (len(ups) > 1 or len(downs) > 1 or not are_codes):
+        keys = ("model.qsparse.weights", "model.qsparse.activations", "model.qsparse.rules")
+        message = "run.cuda_graph=true does not work with model.moe unless all experts have one format, ternary "
+        message += "weights and int8 activations, or are plain bf16: change model.qsparse or set run.cuda_graph=false"
+        yield Violation((*keys, "run.cuda_graph"), message)
 
 
 def _kept_weights(config: "Config") -> Iterator[Violation]:

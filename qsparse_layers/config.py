@@ -100,6 +100,11 @@ class LinearFormat(StrictModel):
         """True if the layer is an ordinary linear layer (a SubLN in front may remain)."""
         return self.sparsity == 0.0 and self.weights == "full" and self.activations == "full" and self.rescale == "none"
 
+    @property
+    def is_plain(self) -> bool:
+        """True if the layer is an ordinary linear layer with nothing in front."""
+        return self.is_dense and not self.sub_norm
+
     @model_validator(mode="after")
     def _check(self) -> "LinearFormat":
         if self.rescale == "l2" and self.activations == "int8":

@@ -27,6 +27,7 @@ from kernels.dispatch import Backward, Before, Expanded, Fused
 from qsparse_layers.collectives import gather_rows, group_size, reduce_scatter, start_gather, start_reduce_scatter
 from qsparse_layers.config import kept_count
 from qsparse_layers.linear_call import Codes, Front, LinearCall, Operand, Sharding
+from qsparse_layers.main_grad import main_grad_of, place_holder
 from qsparse_layers.selection import topk_mask
 from qsparse_layers.sharded import fused_for
 
@@ -141,14 +142,9 @@ def product_again(y: Tensor) -> Callable[[], Tensor] | None:
 
 def _weight_grad(products: Backward, x: Tensor, x_scale: Tensor | None, weight: Tensor) -> Tensor | None:
     """dW, or its place holder if it went straight into the gradient buffer of megatron-core's data parallelism."""
-    main_grad: Tensor | None = getattr(weight, "main_grad", None)
-    if main_grad is None or not weight.is_cuda or main_grad.dtype != torch.float32:
-        dw = products.wgrad(x, x_scale, None)
-        assert dw is not None
-        return dw.to(weight.dtype)
-    products.wgrad(x, x_scale, main_grad)
-    setattr(weight, "grad_added_to_main_grad", True)  # noqa: B010 - megatron-core's mark on a parameter
-    return torch.empty_like(weight)  # its hooks run on a gradient; this one is not read
+    main_grad = main_grad_of(weight)
+    dw = products.wgrad(x, x_scale, main_grad)
+    return place_holder(weight) if dw is None else dw.to(weight.dtype)
 
 
 def prepare_input(x: Tensor, call: LinearCall) -> tuple[Operand, Tensor | None]:

@@ -1,8 +1,8 @@
 """`qsparse bench moe`: forward and backward of one MoE layer against bf16 experts of other libraries, as CSV and PNG.
 
 Router, dispatcher and combination are the same for all; experts are ours (Q-Sparse BitNet, exact or with 8-bit
-gradients), torch._grouped_mm's and Transformer Engine's.  With --gpus N experts are spread over N processes.  No speed
-is printed if our experts disagree with their reference; the exit code is then 1.
+gradients, and dense ones as block-sparse products), torch._grouped_mm's and Transformer Engine's.  With --gpus N they
+are spread over N processes.  No speed is printed if our experts disagree with their reference; the exit code is then 1.
 """
 
 import argparse

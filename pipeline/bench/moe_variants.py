@@ -19,7 +19,7 @@ from pipeline.model import build_model, unwrap
 from qsparse_layers.mlp import activate
 
 FULL = {"sparsity": 0.5, "weights": "ternary", "activations": "int8", "sub_norm": True}
-EXACT, FAST, FLOATS = "ours exact", "ours e4m3", "ours exact, floats travel"
+EXACT, FAST, DENSE, FLOATS = "ours exact", "ours e4m3", "ours dense", "ours exact, floats travel"
 TORCH, TORCH_ADDS, ENGINE = "torch._grouped_mm", "torch._grouped_mm, dW added", "TE GroupedLinear"
 
 
@@ -46,7 +46,7 @@ def build(shape: Shape, name: str, device: str, num_processes: int, first: Any =
 
 def configuration(shape: Shape, name: str, device: str, num_processes: int) -> Config:
     """A model of one such layer."""
-    qsparse = {} if name in RIVALS else FULL | ({"gradients": "e4m3"} if name == FAST else {})
+    qsparse = {} if name in (DENSE, *RIVALS) else FULL | ({"gradients": "e4m3"} if name == FAST else {})
     model = {
         "num_layers": 1,
         "hidden_size": shape.hidden_size,

@@ -62,6 +62,7 @@ VARIANTS = {
         FAST,
         experts=8,
     ),
+    "dense-moe": Variant("bf16, 8 experts of half the width, 2 per token", {}, experts=8),
     "block": Variant(
         "16:32 with gradients=e4m3",
         {"pattern": "block", "block_size": 32, **FAST},

@@ -97,8 +97,9 @@ class _LayerTime:
             shards, experts = layout.etp, ffn.experts // layout.ep
             tokens = layout.local_tokens * ffn.visits * layout.etp
             self._plain(_ROUTED * layout.local_tokens * ffn.visits * ffn.up.inputs)
-        self._products(ffn.up, tokens, (1, shards), experts)
-        self._products(ffn.down, tokens, (shards, 1), experts)
+        in_tiles = ffn.tile_width(self._config, shards) > 0
+        self._products(ffn.up, tokens, (1, shards), experts, in_tiles=in_tiles)
+        self._products(ffn.down, tokens, (shards, 1), experts, in_tiles=in_tiles)
         self._front(ffn.up, layout.local_tokens, 1)
         self._front(ffn.down, tokens, shards, branches)
         if self._config.training.recompute == "up_projection":
@@ -110,13 +111,20 @@ class _LayerTime:
             costs["norm, activation, other"] += share * moved / self._rates.bandwidth
 
     def _products(
-        self, linear: Linear, t: float, shards: tuple[int, int], experts: int = 0, *, again: bool = False
+        self,
+        linear: Linear,
+        t: float,
+        shards: tuple[int, int],
+        experts: int = 0,
+        *,
+        again: bool = False,
+        in_tiles: bool = False,
     ) -> None:
         """Products of a projection whose (inputs, outputs) `shards` ranks share; `again`: the forward's only."""
         inputs, outputs = linear.inputs / shards[0], linear.outputs / shards[1]
         weights, rows = inputs * outputs * (experts or 1), BF16 * t * (inputs + outputs)
         in_forward, for_dx, for_dw = _product_rates(linear, self._rates, is_routed=experts > 0)
-        grouped = experts if linear.is_8bit else 0  # one launch for all of them
+        grouped = experts if linear.is_8bit or in_tiles else 0  # one launch for all of them
         count, per_expert = (1 if grouped else experts or 1), t / (experts or 1)
         m, moved = (t if grouped else per_expert), (rows + BF16 * weights) / count
         once = count * product(self._rates, in_forward, m, outputs, inputs, moved)
@@ -130,6 +138,8 @@ class _LayerTime:
         self._backward["GEMM"] += count * dw
         made = 0.0 if self._config.run.keep_bf16_weights and linear.is_exact else weights
         passes = _operand_bytes(linear, t * inputs, t * outputs, made)
+        if in_tiles:  # tokens are brought to rows of tiles and back, twice; dW is written before it is added
+            passes += 4 * BF16 * t * inputs + 2 * BF16 * weights
         self._backward["sparsify, quantize"] += passes / self._rates.bandwidth
 
     def _front(self, linear: Linear, t: float, shards: int, branches: int = 0) -> None:

@@ -3,7 +3,7 @@
 States per parameter, bf16 training: 2 bytes of weight, 4 of gradient, 4 of master weight, 8 of Adam's moments; the
 last 12 are shared out over replicas by the distributed optimizer (ZeRO-1, arXiv 1910.02054 sec. 5).  Ternary weights
 have one byte more, their int8 codes, and those of grouped experts two (the codes of each and the stack of all);
-`run.keep_bf16_weights` adds two to each.
+`run.keep_bf16_weights` adds two to each.  Experts in bf16 have two bytes more, a stack of all.
 
 What a layer saves is counted tensor by tensor, as the autograd functions of `qsparse_layers` and `moe` save it, rather
 than by the formula of arXiv 2205.05198 eq. 2, which knows neither codes nor fused passes.  Legend: t tokens of a
@@ -13,6 +13,7 @@ Peak memory is that of the fullest pipeline stage at its fullest moment: the los
 the optimizer.
 """
 
+from moe.config import EXPERT_TILE
 from pipeline.config import Config
 from pipeline.plan.layout import Layout
 from pipeline.plan.model_costs import (
@@ -29,7 +30,7 @@ from pipeline.plan.rates import Rates
 GIB = 2**30
 BF16 = 2
 CATEGORIES = (
-    *("weights", "ternary codes", "gradients", "master weights", "Adam moments"),
+    *("weights", "codes, stacks", "gradients", "master weights", "Adam moments"),
     *("activations", "logits, loss", "working set", "CUDA, NCCL"),
 )
 
@@ -52,6 +53,7 @@ def stage_parameters(config: Config, layout: Layout, layers: Layers, stage: int)
     total = Parameters()
     for kind, count in layout.stage(layers.order, stage).items():
         total = total.plus(layer_parameters(layers.kinds[kind], hidden), count)
+        total = total.plus(Parameters(stacked_experts=_stacked(layers.kinds[kind].experts, config, layout)), count)
     tables = (stage == 0) + (is_last and not (config.model.tie_embeddings and layout.pp == 1))
     return Parameters(
         sharded=(total.sharded + tables * table_parameters(config)) // layout.tp,
@@ -61,7 +63,16 @@ def stage_parameters(config: Config, layout: Layout, layers: Layers, stage: int)
         ternary_experts=total.ternary_experts // (layout.ep * layout.etp),
         exact=total.exact // layout.tp,
         exact_experts=total.exact_experts // (layout.ep * layout.etp),
+        stacked_experts=total.stacked_experts,
     )
+
+
+def _stacked(experts: FeedForward | None, config: Config, layout: Layout) -> int:
+    """Parameters of a layer in the stacks of one rank's experts in bf16."""
+    if experts is None:
+        return 0
+    branches, count = experts.up.outputs // experts.down.inputs, experts.experts // layout.ep
+    return count * (branches + 1) * experts.up.inputs * experts.tile_width(config, layout.etp)
 
 
 def _stage(
@@ -95,7 +106,7 @@ def _states(config: Config, layout: Layout, owned: Parameters) -> tuple[dict[str
     in_bf16 = BF16 * config.run.keep_bf16_weights * (owned.exact + owned.exact_experts)
     states = {
         "weights": BF16 * (dense + owned.experts),
-        "ternary codes": owned.ternary + 2 * owned.ternary_experts + in_bf16,
+        "codes, stacks": owned.ternary + 2 * owned.ternary_experts + in_bf16 + BF16 * owned.stacked_experts,
         "gradients": 4 * (dense + owned.experts),
         "master weights": 4 * shard,
         "Adam moments": 8 * shard,
@@ -172,13 +183,17 @@ def _routed(ffn: FeedForward, config: Config, layout: Layout) -> float:
     hidden, local = config.model.hidden_size, layout.local_tokens
     copies = local * ffn.visits * layout.etp * min(1.0, moe.capacity_factor or 1.0)
     router = local * (BF16 * hidden + 9 * ffn.experts + 24 * ffn.visits)
-    sent_as_codes = ffn.up.is_int8 and moe.dispatch == "codes"
-    up = copies * (ffn.up.inputs + 4) if sent_as_codes else _column_input(ffn.up, copies)
-    down = _row_input(ffn.down, copies, layout.etp, produced=BF16, norm_kernel=False)
-    if ffn.down.format.sub_norm and ffn.down.is_8bit and layout.etp > 1:
-        down += copies * BF16 * ffn.down.inputs / layout.etp  # each row's gain
     weighted = copies * BF16 * hidden
-    return router + up + copies * BF16 * ffn.up.outputs / layout.etp + down + weighted
+    rows, width = copies, ffn.down.inputs / layout.etp
+    if tile_width := ffn.tile_width(config, layout.etp):  # each expert's tokens, too, are padded to whole tiles
+        rows, width = copies + ffn.experts / layout.ep * (EXPERT_TILE - 1), tile_width
+    sent_as_codes = ffn.up.is_int8 and moe.dispatch == "codes"
+    up = rows * (ffn.up.inputs + 4) if sent_as_codes else _column_input(ffn.up, rows)
+    branches, down = ffn.up.outputs / ffn.down.inputs, ffn.down._replace(inputs=round(width * layout.etp))
+    into_down = _row_input(down, rows, layout.etp, produced=BF16, norm_kernel=False)
+    if down.format.sub_norm and down.is_8bit and layout.etp > 1:
+        into_down += rows * BF16 * width  # each row's gain
+    return router + up + rows * BF16 * branches * width + into_down + weighted
 
 
 def _layer_work(layer: Layer, layout: Layout) -> float:

@@ -8,6 +8,7 @@ beforehand, so S is the configured one, not the measured one.
 
 from typing import NamedTuple
 
+from moe.config import EXPERT_TILE
 from pipeline.config import Config
 from qsparse_layers.config import LinearFormat, layer_format
 
@@ -61,6 +62,14 @@ class FeedForward(NamedTuple):
     is_shared: bool = False
     """A shared expert."""
 
+    def tile_width(self, config: Config, shards: int) -> int:
+        """Width on one of `shards` ranks, in whole tiles, of experts in bf16 that run as such; 0: others."""
+        run, moe = config.run, config.model.moe
+        if moe is None or moe.execution == "sequential" or run.kernels == "reference" or not self.experts:
+            return 0
+        in_bf16 = config.training.precision == "bf16" and self.up.format.is_plain and self.down.format.is_plain
+        return -(-self.down.inputs // shards // EXPERT_TILE) * EXPERT_TILE if in_bf16 else 0
+
 
 class Layer(NamedTuple):
     """A transformer layer."""
@@ -98,6 +107,8 @@ class Parameters(NamedTuple):
     exact: int = 0
     """Of `ternary`, those with an exact backward pass, which `run.keep_bf16_weights` serves."""
     exact_experts: int = 0
+    stacked_experts: int = 0
+    """In the stacks that experts in bf16 run from."""
 
     def plus(self, other: "Parameters", count: int = 1) -> "Parameters":
         """The sum with `count` times `other`."""

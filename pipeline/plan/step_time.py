@@ -122,7 +122,7 @@ def _once(config: Config, layout: Layout, owned: Parameters, rates: Rates) -> Co
         codes += (_CODES + _UNPACKED) * made
     if config.run.keep_bf16_weights:  # written beside the codes, or read again from the stack
         codes += 2 * owned.exact + 3 * owned.exact_experts
-    costs["sparsify, quantize"] = codes / rates.bandwidth
+    costs["sparsify, quantize"] = (codes + 2 * BF16 * owned.stacked_experts) / rates.bandwidth
     return costs
 
 

@@ -28,29 +28,34 @@ from pipeline.model import build_model
 from pipeline.world import initialize_layout
 from tests.plan.real_model import use
 
-CASES = {"relu2_glu": False, "swiglu": True}
-"""Activation function: whether its input is computed again in the backward pass."""
+FULL = {"sparsity": 0.5, "weights": "ternary", "activations": "int8", "sub_norm": True}
+MIXTURE = {"num_experts": 3, "top_k": 2, "balancing": "none", "dispatcher": "allgather", "execution": "grouped"}
+CASES: dict[str, dict[str, Any]] = {
+    "relu2_glu": {"activation": "relu2_glu", "qsparse": FULL, "ffn_hidden_size": 96},
+    "swiglu, computed again": {"activation": "swiglu", "qsparse": FULL, "ffn_hidden_size": 96},
+    "experts in bf16": {"activation": "relu2_glu", "moe": MIXTURE, "ffn_hidden_size": 256},
+}
+"""What is special about the model."""
 
 
-def config(activation: str, tp: int) -> Config:
-    qsparse = {"sparsity": 0.5, "weights": "ternary", "activations": "int8", "sub_norm": True}
-    shape = {"num_layers": 1, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 4, "vocab_size": 128}
+def config(case: str, tp: int) -> Config:
+    shape = {"num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 128}
     values: dict[str, Any] = {
         "run": {"device": "cpu", "backend": "local"},
-        "model": {**shape, "activation": activation, "qsparse": qsparse},
+        "model": {**shape, **CASES[case]},
         "parallel": {"tp": tp, "dp": 2 // tp, "sequence_parallel": tp > 1},
         "training": {"seq_length": 8, "micro_batch_size": 1, "global_batch_size": 2, "precision": "bf16"},
     }
     return Config(**values)
 
 
-def run(activation: str, tp: int) -> dict[str, Tensor]:
+def run(case: str, tp: int) -> dict[str, Tensor]:
     """Losses of all tokens, and the gradients of the linear layers' weights and SubLN gains."""
-    given = config(activation, tp)
+    given = config(case, tp)
     initialize_layout(given)
     try:
         model = build_model(given, 128)
-        use(model, TritonKernels(), recompute=CASES[activation])
+        use(model, TritonKernels(), recompute="again" in case)
         model.schedule.weights_changed()
         (chunk,) = model.chunks
         tokens = (torch.arange(9) * 37 % 120).expand(1, -1)
@@ -80,10 +85,10 @@ def main(output: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     distances = {}
-    for activation in CASES:
-        alone, shared = run(activation, 1), run(activation, 2)
+    for case in CASES:
+        alone, shared = run(case, 1), run(case, 2)
         pairs = {name: (shard(alone[name], found, name), found) for name, found in shared.items()}
-        distances[activation] = {name: ((a - b).norm() / a.norm()).item() for name, (a, b) in pairs.items()}
+        distances[case] = {name: ((a - b).norm() / a.norm()).item() for name, (a, b) in pairs.items()}
     if dist.get_rank() == 0:
         output.write_text(json.dumps(distances))
     dist.destroy_process_group()

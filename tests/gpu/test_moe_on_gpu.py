@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.test_layouts import FULL, case
+from tests.distributed.test_layouts import DENSE, FULL, case
 from tests.gpu.test_layer_on_gpu import on_gpu, train
 
 pytestmark = pytest.mark.gpu
@@ -18,9 +18,14 @@ MIXTURES = {
 
 
 def mixture(
-    moe: dict[str, Any], *, parallel: dict[str, Any] | None = None, steps: int = 6, **run: Any
+    moe: dict[str, Any],
+    *,
+    qsparse: dict[str, Any] = FULL,
+    parallel: dict[str, Any] | None = None,
+    steps: int = 6,
+    **run: Any,
 ) -> dict[str, Any]:
-    values = on_gpu(case(FULL, "bf16", parallel or {}, steps=steps, moe=moe), "auto")
+    values = on_gpu(case(qsparse, "bf16", parallel or {}, steps=steps, moe=moe), "auto")
     return {**values, "run": {**values["run"], **run}}
 
 
@@ -40,6 +45,23 @@ def test_grouped_experts_train_as_the_reference_does(name: str, tmp_path: Path) 
         assert found[run]["grad_norm"][:3] == pytest.approx(found["reference"]["grad_norm"][:3], rel=5e-2), run
 
 
+@pytest.mark.parametrize("name", MIXTURES)
+def test_experts_in_bf16_train_as_one_after_the_other(name: str, tmp_path: Path) -> None:
+    """As block-sparse products, whose gradients are rounded to bf16 before they are added; also in a graph."""
+    moe = MIXTURES[name]
+    cases = {
+        "sequential": mixture({**moe, "execution": "sequential"}, qsparse=DENSE),
+        "block-sparse": mixture(moe, qsparse=DENSE),
+    }
+    if find_spec("transformer_engine"):
+        cases["graph"] = mixture(moe, qsparse=DENSE, cuda_graph=True)
+    found = train(tmp_path, cases, nproc=1)
+    for run in cases:
+        assert found[run]["loss"] == pytest.approx(found["sequential"]["loss"], rel=5e-3), run
+        assert found[run]["grad_norm"][:3] == pytest.approx(found["sequential"]["grad_norm"][:3], rel=2e-2), run
+        assert found[run]["val"] == pytest.approx(found["sequential"]["val"], rel=5e-3), run
+
+
 @pytest.mark.skipif(find_spec("transformer_engine") is None, reason="needs Transformer Engine's permutation")
 @pytest.mark.parametrize("name", MIXTURES)
 def test_a_cuda_graph_with_experts_gives_the_losses_of_its_kernels(name: str, tmp_path: Path) -> None:
@@ -55,11 +77,14 @@ def test_two_gpus_with_half_of_the_experts_each(tmp_path: Path) -> None:
     """Codes and floats travel to the same result; one step gives one GPU's loss and gradient norm."""
     moe = MIXTURES["classic"]
     (tmp_path / "one").mkdir()
-    one = train(tmp_path / "one", {"one": mixture(moe, steps=1)}, nproc=1)["one"]
+    references = {"codes": mixture(moe, steps=1), "in bf16": mixture(moe, qsparse=DENSE, steps=1)}
+    alone = train(tmp_path / "one", references, nproc=1)
     layouts = {"codes": {}, "full": {"dispatch": "full"}, "allgather": {"dispatcher": "allgather"}}
     cases = {name: mixture({**moe, **keys}, parallel={"ep": 2}, steps=1) for name, keys in layouts.items()}
+    cases["in bf16"] = mixture(moe, qsparse=DENSE, parallel={"ep": 2}, steps=1)
     found = train(tmp_path, cases, nproc=2)
     for name, run in found.items():
-        assert run["loss"] == pytest.approx(one["loss"], rel=1e-3), name
-        assert run["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2), name
+        expected = alone["in bf16" if name == "in bf16" else "codes"]
+        assert run["loss"] == pytest.approx(expected["loss"], rel=1e-3), name
+        assert run["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2), name
     assert found["codes"]["loss"] == found["full"]["loss"]

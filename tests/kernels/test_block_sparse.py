@@ -106,6 +106,21 @@ def test_expert_topology_is_block_diagonal(device: str) -> None:
     assert expert_row_blocks(300, 3, 128) == 5  # 1 + 1 + 298 tokens fill 1 + 1 + 3 blocks
 
 
+@pytest.mark.parametrize("features", [32, 96, 128])
+@pytest.mark.parametrize("blocks", [(0, 0), (5,), (3, 0, 21, 1), (0, 16, 16, 0, 7), (1, 2, 3, 4, 5, 6, 7, 8, 9)])
+def test_expert_topology_is_that_of_its_mask(device: str, blocks: tuple[int, ...], features: int) -> None:
+    per_expert, R = features // 32, sum(blocks) + 2
+    expert_R = torch.arange(len(blocks)).repeat_interleave(torch.tensor(blocks))
+    mask = torch.zeros(R, len(blocks) * per_expert, dtype=torch.bool)
+    mask[: len(expert_R)] = expert_R.unsqueeze(1) == torch.arange(mask.shape[1]) // per_expert
+    offsets = torch.tensor([0, *blocks], device=device).cumsum(0).mul(32).to(torch.int32)
+    got = expert_topology(offsets, R, features, (32, 32))
+    want = from_mask(mask.to(device), (32, 32), capacity=R * per_expert)
+    for name, index in vars(want).items():
+        same = torch.equal(getattr(got, name), index) if isinstance(index, Tensor) else getattr(got, name) == index
+        assert same, (name, getattr(got, name), index)
+
+
 @pytest.mark.parametrize("kind", ["normal", "heavy", "zero"])
 @pytest.mark.parametrize("layout", ["kn", "nk"])
 def test_sdd(device: str, kind: str, layout: str) -> None:

@@ -24,7 +24,7 @@ def test_layers_are_compared(tmp_path: Path) -> None:
     assert process.returncode == 0, process.stdout + process.stderr
     rows = read_csv(tmp_path / "out" / "moe.csv").rows
     times = {row["variant"]: float(row["ms"]) for row in rows}
-    assert list(times)[:3] == ["ours exact", "ours e4m3", "torch._grouped_mm"]
+    assert list(times)[:4] == ["ours exact", "ours e4m3", "ours dense", "torch._grouped_mm"]
     for row in rows:
         assert float(row["tokens_per_s_per_gpu"]) == pytest.approx(64e3 / float(row["ms"]), rel=1e-2)
         assert float(row["speedup"]) == pytest.approx(times["torch._grouped_mm"] / float(row["ms"]), rel=1e-2)

@@ -9,7 +9,7 @@ from pipeline.plan.accuracy import Comparison, compare, table
 from pipeline.plan.layer_time import layer_time, product
 from pipeline.plan.layout import Layout
 from pipeline.plan.links import Network, layer_traffic, step_traffic
-from pipeline.plan.memory import GIB, memory, stage_parameters
+from pipeline.plan.memory import GIB, memory, saved_bytes, stage_parameters
 from pipeline.plan.model_costs import activated_parameters, model_layers, total_parameters
 from pipeline.plan.rates import load_rates, read_rates
 from pipeline.plan.search import Cluster, estimate
@@ -94,7 +94,7 @@ def test_states_take_18_bytes_and_are_sharded_over_replicas() -> None:
         parts, count = memory(given, Layout.of(given), model_layers(given), RATES), total_parameters(given)
         assert parts["weights"] + parts["gradients"] == 6 * count
         assert parts["master weights"] + parts["Adam moments"] == pytest.approx(12 * count / dp)
-        assert parts["ternary codes"] == model_size(given, 32000).projections
+        assert parts["codes, stacks"] == model_size(given, 32000).projections
 
 
 def test_weights_kept_in_bf16_take_two_bytes_and_save_a_pass() -> None:
@@ -106,10 +106,30 @@ def test_weights_kept_in_bf16_take_two_bytes_and_save_a_pass() -> None:
         given = config({"tp": 2, "sequence_parallel": True}, qsparse={**BITNET, "rules": rules}, moe=experts)
         kept = given.model_copy(update={"run": given.run.model_copy(update={"keep_bf16_weights": True})})
         layers, layout = model_layers(given), Layout.of(given)
-        less, more = (memory(one, layout, layers, RATES)["ternary codes"] for one in (given, kept))
+        less, more = (memory(one, layout, layers, RATES)["codes, stacks"] for one in (given, kept))
         assert more - less == 2 * (8 * attention + (8 + copies) * down) / 2
         times = [layer_time(layers.kinds[0], one, layout, RATES)["sparsify, quantize"] for one in (given, kept)]
         assert times[0] - times[1] == pytest.approx(3 * (attention + down) / 2 / RATES.bandwidth)
+
+
+def test_experts_in_bf16_are_stacked_in_whole_tiles() -> None:
+    """Two bytes per parameter more, none where they run one after the other; tokens are padded, too."""
+    moe = {"num_experts": 4, "top_k": 2, "ffn_hidden_size": 1000}
+    found = {}
+    for execution in ("grouped", "sequential"):
+        given = config({"ep": 2, "dp": 2}, moe={**moe, "execution": execution})
+        layers, layout = model_layers(given), Layout.of(given)
+        found[execution] = (
+            memory(given, layout, layers, RATES)["codes, stacks"],
+            saved_bytes(layers.kinds[0], given, layout),
+        )
+    stacked = 8 * 2 * 3 * 1024 * 1024  # layers, experts of a rank, gate, up and down, hidden by the padded width
+    assert found["grouped"][0] == 2 * stacked and found["sequential"][0] == 0
+    copies = 2 * 2 * 2048
+    rows = copies + 2 * 127
+    # the input, gate and up, and what the activation makes of them
+    per_row, per_copy = 2 * (1024 + 3 * 1024), 2 * (1024 + 3 * 1000)
+    assert found["grouped"][1] - found["sequential"][1] == rows * per_row - copies * per_copy
 
 
 def test_pipeline_ranks_hold_as_many_microbatches_as_follow() -> None:
