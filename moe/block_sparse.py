@@ -19,9 +19,9 @@ the same in whole tiles, B branches of the activation's input (gate and up: 2).
 """
 
 import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,6 +39,10 @@ from qsparse_layers.parallel import QSparseLinearMixin
 
 if TYPE_CHECKING:
     from kernels.topology import Topology
+
+
+Pairs = list[tuple[Tensor, Tensor]]
+PairsOf = Callable[[Tensor, Sequence[Tensor]], Iterable[Pairs]]
 
 
 class BlockSparseExperts:
@@ -96,32 +100,37 @@ class StackedExperts:
     @torch.no_grad()
     def of(cls, ups: Sequence[Tensor], downs: Sequence[Tensor]) -> "StackedExperts":
         """From weights [B F, D] and [D, F]."""
-        width = downs[0].shape[1]
-        branches, missing = ups[0].shape[0] // width, -width % TILE
-        parts = [pad(weight.unflatten(0, (branches, width)), (0, 0, 0, missing)) for weight in ups]
-        up = torch.stack([part.unflatten(1, (-1, TILE)).transpose(0, 1) for part in parts])
-        down = torch.cat([pad(weight, (0, missing)) for weight in downs], dim=1)
-        return cls(up.flatten(0, 3), down, len(ups), width, branches)
+        hidden, width = downs[0].shape
+        whole_width, branches = -(-width // TILE) * TILE, ups[0].shape[0] // width
+        make = ups[0].new_empty if width == whole_width else ups[0].new_zeros
+        up, down = make(len(ups) * branches * whole_width, hidden), make(hidden, len(ups) * whole_width)
+        stacked = cls(up, down, len(ups), width, branches)
+        for ours, theirs in chain.from_iterable((*stacked.up_pairs(up, ups), *stacked.down_pairs(down, downs))):
+            ours.copy_(theirs)
+        return stacked
 
-    def split_up(self, gradient: Tensor) -> Iterator[Tensor]:
-        """Of a gradient like `up` the parts [B, F, D] of each expert; without padding views [B, F / TILE, TILE, D]."""
-        for part in gradient.unflatten(0, (self.num_experts, -1, self.branches, TILE)):
-            by_branch = part.transpose(0, 1)
-            yield by_branch if self.width % TILE == 0 else by_branch.flatten(1, 2)[:, : self.width]
+    def up_pairs(self, stacked: Tensor, weights: Sequence[Tensor]) -> Iterator[Pairs]:
+        """Views of a tensor like `up`, and of the same numbers in each expert's tensor [B F, D]."""
+        whole, rest = divmod(self.width, TILE)
+        for tiles, weight in zip(stacked.unflatten(0, (len(weights), -1, self.branches, TILE)), weights, strict=True):
+            by_branch, rows = tiles.transpose(0, 1), weight.unflatten(0, (self.branches, self.width))
+            pairs = [(by_branch[:, :whole], rows[:, : whole * TILE].unflatten(1, (whole, TILE)))]
+            yield pairs if rest == 0 else [*pairs, (by_branch[:, whole, :rest], rows[:, whole * TILE :])]
 
-    def split_down(self, gradient: Tensor) -> Iterator[Tensor]:
-        """Of a gradient like `down` the parts [D, F] of each expert."""
-        for part in gradient.chunk(self.num_experts, dim=1):
-            yield part[:, : self.width]
+    def down_pairs(self, stacked: Tensor, weights: Sequence[Tensor]) -> Iterator[Pairs]:
+        """Views of a tensor like `down`, and of the same numbers in each expert's tensor [D, F]."""
+        for columns, weight in zip(stacked.chunk(len(weights), dim=1), weights, strict=True):
+            yield [(columns[:, : self.width], weight)]
 
 
 @dataclass(frozen=True)
 class Places:
     """Where the tokens and tiles of a microbatch are."""
 
-    tokens: Tensor
-    """int64 [T], row of each token among the padded ones."""
-    num_rows: int
+    rows_of_tokens: Tensor
+    """int64 [T], among the padded rows."""
+    tokens_of_rows: Tensor
+    """int64 [P], T where no token is."""
     up: "Topology"
     down: "Topology"
 
@@ -130,23 +139,37 @@ class Places:
         """For tokens whose experts begin at `offsets`, int32 [E + 1]."""
         topology: Any = importlib.import_module("kernels.topology")
         padded = importlib.import_module("kernels.grouped_wgrad").pad_offsets(offsets)
-        blocks = topology.expert_row_blocks(num_tokens, len(offsets) - 1, TILE)
-        token_T = torch.arange(num_tokens, device=offsets.device)
-        expert_T = torch.searchsorted(offsets[1:].contiguous(), token_T, right=True)
+        blocks = topology.expert_row_blocks(num_tokens, stacked.num_experts, TILE)
+        token, row = (torch.arange(size, device=offsets.device) for size in (num_tokens, blocks * TILE))
+        expert_T, expert_P = (
+            torch.searchsorted(ends[1:].contiguous(), places, right=True)
+            for ends, places in ((offsets, token), (padded, row))
+        )
+        expert_P = expert_P.clamp(max=stacked.num_experts - 1)
+        token_P = row - (padded - offsets)[expert_P]
         width = stacked.down.shape[1] // stacked.num_experts
         down = up = topology.expert_topology(padded, blocks, width, (TILE, TILE))
         if stacked.branches > 1:
             up = topology.expert_topology(padded, blocks, stacked.branches * width, (TILE, TILE))
-        return cls(token_T + (padded - offsets)[expert_T], blocks * TILE, up, down)
+        return cls(
+            token + (padded - offsets)[expert_T],
+            torch.where(token_P < offsets[1:][expert_P], token_P, num_tokens),
+            up,
+            down,
+        )
+
+    def repeat(self, x_TD: Tensor) -> Tensor:
+        """[P, D], the last token where no token is."""
+        return x_TD[self.tokens_of_rows.clamp(max=len(x_TD) - 1)]
 
     def pad(self, x_TD: Tensor) -> Tensor:
         """[P, D], zeros where no token is."""
-        return x_TD.new_zeros(self.num_rows, x_TD.shape[1]).index_copy_(0, self.tokens, x_TD)
+        return pad(x_TD, (0, 0, 0, 1))[self.tokens_of_rows]
 
     def hidden_rows(self, tiles: Tensor) -> Tensor:
         """[T, W] out of the tiles of `down`, of which each row of tiles has as many."""
-        by_row = tiles.unflatten(0, (self.num_rows // TILE, -1)).transpose(1, 2)
-        return by_row.flatten(2, 3).flatten(0, 1)[self.tokens]
+        by_row = tiles.unflatten(0, (len(self.tokens_of_rows) // TILE, -1)).transpose(1, 2)
+        return by_row.flatten(2, 3).flatten(0, 1)[self.rows_of_tokens]
 
 
 class _Up(torch.autograd.Function):
@@ -154,7 +177,7 @@ class _Up(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, places: Places, stacked: StackedExperts, *weights: Tensor) -> Tensor:
-        x_PD = places.pad(x)
+        x_PD = places.repeat(x)  # rows of no token meet gradients of zero
         ctx.places, ctx.stacked, ctx.weights = places, stacked, weights
         ctx.save_for_backward(x_PD)
         return _kernels().sdd(x_PD, stacked.up, places.up, b_layout="nk")
@@ -163,9 +186,9 @@ class _Up(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (x_PD,) = ctx.saved_tensors
         tiles, topology = grads[0].contiguous(), ctx.places.up
-        dx = _kernels().dsd(tiles, ctx.stacked.up, topology)[ctx.places.tokens]
+        dx = _kernels().dsd(tiles, ctx.stacked.up, topology)[ctx.places.rows_of_tokens]
         dw = _kernels().dsd(tiles, x_PD, topology, form="S^T")
-        return dx, None, None, *map(_add, ctx.weights, ctx.stacked.split_up(dw))
+        return dx, None, None, *_gradients(ctx.weights, dw, ctx.stacked.up_pairs)
 
 
 class _Down(torch.autograd.Function):
@@ -175,7 +198,7 @@ class _Down(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, places: Places, stacked: StackedExperts, *weights: Tensor) -> Tensor:
         ctx.places, ctx.stacked, ctx.weights = places, stacked, weights
         ctx.save_for_backward(hidden)
-        return _kernels().dsd(hidden, stacked.down, places.down, b_layout="nk")[places.tokens]
+        return _kernels().dsd(hidden, stacked.down, places.down, b_layout="nk")[places.rows_of_tokens]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -183,16 +206,20 @@ class _Down(torch.autograd.Function):
         grad_PD, topology = ctx.places.pad(grads[0]), ctx.places.down
         dhidden = _kernels().sdd(grad_PD, ctx.stacked.down, topology)
         dw = _kernels().dds(grad_PD.t().contiguous(), hidden, topology)
-        return dhidden, None, None, *map(_add, ctx.weights, ctx.stacked.split_down(dw))
+        return dhidden, None, None, *_gradients(ctx.weights, dw, ctx.stacked.down_pairs)
 
 
-def _add(weight: Tensor, dw: Tensor) -> Tensor:
-    """Add dW, its rows in any shape, to the weight's buffer; returns what autograd gets."""
-    buffer = main_grad_of(weight)
-    if buffer is None:
-        return dw.reshape(weight.shape).to(weight.dtype)
-    buffer.view(dw.shape).add_(dw)
-    return place_holder(weight)
+def _gradients(weights: Sequence[Tensor], dw: Tensor, pairs_of: PairsOf) -> list[Tensor]:
+    """Add dW, stacked, to the weights' buffers, or unstack it where there are none; what autograd gets."""
+    buffers = [buffer for buffer in map(main_grad_of, weights) if buffer is not None]
+    if len(buffers) == len(weights):
+        for ours, theirs in chain.from_iterable(pairs_of(dw, buffers)):
+            theirs.add_(ours)
+        return list(map(place_holder, weights))
+    dws = list(map(torch.empty_like, weights))
+    for ours, theirs in chain.from_iterable(pairs_of(dw, dws)):
+        theirs.copy_(ours)
+    return dws
 
 
 def _kernels() -> Any:

@@ -149,11 +149,14 @@ def _outcome(experts: Any, outputs: Callable[..., Tensor], counts: Tensor, x: Te
     leaf, last = x.clone().requires_grad_(), experts.local_experts[-1]
     weights = [last.linear_fc1.weight, last.linear_fc2.weight]
     for parameter in experts.parameters():
+        parameter.grad_added_to_main_grad = False
         if getattr(parameter, "main_grad", None) is not None:
             parameter.main_grad.zero_()
     y = outputs(experts, ExpertInput(leaf), counts)
     dx, *dws = torch.autograd.grad(y, [leaf, *weights], grad)
-    return [y.detach(), dx, *([weight.main_grad.clone() for weight in weights] if x.is_cuda else dws)]
+    added = [weight.grad_added_to_main_grad for weight in weights]
+    pairs = zip(weights, dws, added, strict=True)
+    return [y.detach(), dx, *(weight.main_grad.clone() if in_buffer else dw for weight, dw, in_buffer in pairs)]
 
 
 class _reference_kernels:  # noqa: N801 - a context manager

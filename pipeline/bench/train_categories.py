@@ -13,7 +13,10 @@ CATEGORIES = (
         r"|^(sums|count|fine|keep|local)_kernel$",
     ),
     ("norm, activation", r"norm|^_dots_kernel$|silu|swiglu|geglu|relu|_activation_kernel|dgain|dgamma"),
-    ("GEMM", r"gemm|^_grouped_kernel$|nvjet|cutlass|xmma|wgmma|splitk|::mm$|::addmm$|::bmm$|mkldnn_linear|_hopper_"),
+    (
+        "GEMM",
+        r"gemm|^_grouped_kernel$|nvjet|cutlass|xmma|wgmma|splitk|::mm$|::addmm$|::bmm$|mkldnn_linear|_hopper_|sdd_kernel|sparse_dense_kernel",
+    ),
     ("sort, top-K", r"sort|topk|scatter|histogram"),
 )
 """First match wins; what none matches is `elementwise and other`."""
