@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import Activation
-from kernels.fused import activated, check_input
+from kernels.fused import MAX_FEATURES_ALONE, activated, check_input
 from kernels.launch import cdiv, next_power_of_2
 
 _BLOCK = 2048
@@ -37,7 +37,7 @@ def activate(x: Tensor, activation: Activation) -> Tensor:
     Raises:
         ValueError: an unknown activation, or types or shapes that the kernel does not take.
     """
-    rows, features = check_input(x, activation)
+    rows, features = check_input(x, activation, MAX_FEATURES_ALONE)
     y = torch.empty((*x.shape[:-1], features), dtype=x.dtype, device=x.device)
     if y.numel():
         block = min(_BLOCK, next_power_of_2(features))

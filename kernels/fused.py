@@ -33,6 +33,8 @@ from kernels.words import nearest, widened
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 MAX_FEATURES = 16384
+MAX_FEATURES_ALONE = 2**26
+"""Of an activation function without norm and quantization, which looks at one feature."""
 LAUNCHES: Launches = {512: (1, 64), 1024: (2, 64), 2048: (4, 64), 4096: (8, 64)}
 NORM_LAUNCHES: Launches = {512: (1, 96), 1024: (2, 96), 2048: (4, 96), 4096: (8, 80)}
 """Also of a gated squared ReLU."""
@@ -216,8 +218,8 @@ def fused_options(words: int, activation: Activation | None, *, norm: bool) -> d
     return launch_options(NORM_LAUNCHES if norm or activation == "relu2_glu" else LAUNCHES, words)
 
 
-def check_input(x: Tensor, activation: Activation | None) -> tuple[Tensor, int]:
-    """`x` as rows without a copy, and F.
+def check_input(x: Tensor, activation: Activation | None, most: int = MAX_FEATURES) -> tuple[Tensor, int]:
+    """`x` as rows without a copy, and F, which is `most` at most.
 
     Raises:
         ValueError: unknown activation, or an `x` that the kernels do not take.
@@ -225,7 +227,7 @@ def check_input(x: Tensor, activation: Activation | None) -> tuple[Tensor, int]:
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation={activation!r} must be one of {', '.join(ACTIVATIONS)}, or None")
     halves = 1 if activation in (None, "relu2") else 2
-    rows = check_rows(x, "x", halves * MAX_FEATURES, (torch.bfloat16,))
+    rows = check_rows(x, "x", halves * most, (torch.bfloat16,))
     if rows.shape[1] % halves:
         raise ValueError(f"x has {rows.shape[1]} columns, {activation} takes an even number: gate and up")
     return rows, rows.shape[1] // halves

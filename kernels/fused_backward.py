@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dispatch import Activation
-from kernels.fused import MAX_FEATURES, activated, check_gain, check_input, gate_value
+from kernels.fused import MAX_FEATURES, MAX_FEATURES_ALONE, activated, check_gain, check_input, gate_value
 from kernels.launch import INTERPRETED, cdiv, check_dtype, check_rows, multiprocessors, next_power_of_2
 
 _CHUNK = 2048
@@ -222,7 +222,8 @@ def backward(
     Raises:
         ValueError: dtype or shape that the kernels do not take, or a gain without rstd.
     """
-    rows, grad_rows = check_gradient(grad, x, activation)
+    most = MAX_FEATURES if activation is None or gain is not None else MAX_FEATURES_ALONE
+    rows, grad_rows = check_gradient(grad, x, activation, most)
     features = grad.shape[-1]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if gain is None or rstd is None:
@@ -237,14 +238,16 @@ def backward(
     return dx, launch_norm(grad_rows, rows, gain, rstd, dx, activation, launch)
 
 
-def check_gradient(grad: Tensor, x: Tensor, activation: Activation | None) -> tuple[Tensor, Tensor]:
-    """`x` and `grad` as rows without a copy.
+def check_gradient(
+    grad: Tensor, x: Tensor, activation: Activation | None, most: int = MAX_FEATURES
+) -> tuple[Tensor, Tensor]:
+    """`x` and `grad` as rows of `most` features at most, without a copy.
 
     Raises:
         ValueError: dtype or shape that the kernels do not take.
     """
-    rows, features = check_input(x, activation)
-    grad_rows = check_rows(grad, "grad", MAX_FEATURES, (torch.bfloat16,))
+    rows, features = check_input(x, activation, most)
+    grad_rows = check_rows(grad, "grad", most, (torch.bfloat16,))
     if grad.shape != (*x.shape[:-1], features):
         raise ValueError(f"grad has shape {tuple(grad.shape)}, an x of {tuple(x.shape)} takes [..., {features}]")
     return rows, grad_rows

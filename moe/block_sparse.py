@@ -10,9 +10,9 @@ is zero but for a block per expert, and with each expert's tokens padded to whol
 Every product is one launch, whatever the token counts, and nothing waits for the GPU.  Quantized experts run on grouped
 products instead (`moe.grouped`): top-K and SubLN look at a token's whole hidden row, which tiles do not keep together.
 
-Gate and up rows of the weight alternate by tiles in `StackedExperts`, so the tiles that an activation multiplies are
-neighbours in memory: it runs over them as if each pair were a row [gate | up].  Weight gradients are summed in float32,
-rounded to bf16 once and added to each expert's buffer.
+In memory the tiles of a row of tiles lie one after the other, first all of gate, then all of up, so an activation
+function runs over them as over a row [gate | up].  Weight gradients are summed in float32, rounded to bf16 once and
+added to each expert's buffer.
 
 Shapes: T tokens sorted by expert, P padded rows, E experts, D hidden, F width of an expert (its share on this rank), W
 the same in whole tiles, B branches of the activation's input (gate and up: 2).
@@ -21,7 +21,7 @@ the same in whole tiles, B branches of the activation's input (gate and up: 2).
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,17 +32,14 @@ from torch.nn.functional import pad
 from kernels.dispatch import ReferenceKernels
 from moe.config import EXPERT_TILE as TILE
 from moe.dispatcher import ExpertInput
+from moe.gradient_buffers import GradientBuffers
 from moe.per_step import PerStep
-from qsparse_layers.main_grad import main_grad_of, place_holder
+from qsparse_layers.main_grad import place_holder
 from qsparse_layers.mlp import activate
 from qsparse_layers.parallel import QSparseLinearMixin
 
 if TYPE_CHECKING:
     from kernels.topology import Topology
-
-
-Pairs = list[tuple[Tensor, Tensor]]
-PairsOf = Callable[[Tensor, Sequence[Tensor]], Iterable[Pairs]]
 
 
 class BlockSparseExperts:
@@ -55,6 +52,7 @@ class BlockSparseExperts:
     def __init__(self, config: TransformerConfig) -> None:
         self._config = config
         self._stacked: PerStep[StackedExperts] = PerStep()
+        self._buffers = GradientBuffers(), GradientBuffers()
 
     @staticmethod
     def takes(tokens: ExpertInput, ups: Sequence[QSparseLinearMixin], downs: Sequence[QSparseLinearMixin]) -> bool:
@@ -72,14 +70,14 @@ class BlockSparseExperts:
         up_weights, down_weights = ([layer.weight for layer in layers] for layers in (ups, downs))
         stacked = self._stacked.get(ups[0], lambda: StackedExperts.of(up_weights, down_weights))
         places = Places.of(offsets, len(x), stacked)
-        tiles = _Up.apply(x, places, stacked, *up_weights).view(-1, stacked.branches * TILE * TILE)
-        hidden = activate(tiles, self._config, ups[0].kernels.fused).view(-1, TILE, TILE)
+        tiles = _Up.apply(x, _Work(places, stacked, self._buffers[0]), *up_weights)
+        hidden = activate(tiles.view(places.up.grid[0], -1), self._config, ups[0].kernels.fused).view(-1, TILE, TILE)
         if ups[0].schedule.counting:
             bounds, rows = offsets.tolist(), places.hidden_rows(hidden.detach())[:, : stacked.width]
             for up, down, (start, end) in zip(ups, downs, pairwise(bounds), strict=True):
                 up.counts.add(x[start:end], up.weight)
                 down.counts.add(rows[start:end], down.weight)
-        return _Down.apply(hidden, places, stacked, *down_weights)
+        return _Down.apply(hidden, _Work(places, stacked, self._buffers[1]), *down_weights)
 
 
 @dataclass(frozen=True)
@@ -87,7 +85,7 @@ class StackedExperts:
     """Weights of all experts of a rank, their widths filled up with zeros to whole tiles: W instead of F."""
 
     up: Tensor
-    """[E B W, D]: of each expert TILE rows of gate, TILE of up, and so on."""
+    """[E B W, D]: of each expert gate, then up."""
     down: Tensor
     """[D, E W]."""
     num_experts: int
@@ -105,22 +103,20 @@ class StackedExperts:
         make = ups[0].new_empty if width == whole_width else ups[0].new_zeros
         up, down = make(len(ups) * branches * whole_width, hidden), make(hidden, len(ups) * whole_width)
         stacked = cls(up, down, len(ups), width, branches)
-        for ours, theirs in chain.from_iterable((*stacked.up_pairs(up, ups), *stacked.down_pairs(down, downs))):
+        for ours, theirs in (*stacked.up_pairs(up, ups), *stacked.down_pairs(down, downs)):
             ours.copy_(theirs)
         return stacked
 
-    def up_pairs(self, stacked: Tensor, weights: Sequence[Tensor]) -> Iterator[Pairs]:
-        """Views of a tensor like `up`, and of the same numbers in each expert's tensor [B F, D]."""
-        whole, rest = divmod(self.width, TILE)
-        for tiles, weight in zip(stacked.unflatten(0, (len(weights), -1, self.branches, TILE)), weights, strict=True):
-            by_branch, rows = tiles.transpose(0, 1), weight.unflatten(0, (self.branches, self.width))
-            pairs = [(by_branch[:, :whole], rows[:, : whole * TILE].unflatten(1, (whole, TILE)))]
-            yield pairs if rest == 0 else [*pairs, (by_branch[:, whole, :rest], rows[:, whole * TILE :])]
+    def up_pairs(self, stacked: Tensor, weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of a tensor like `up`, and of the same numbers in tensors [B F, D] of each expert."""
+        parts = [part for weight in weights for part in weight.unflatten(0, (self.branches, self.width))]
+        for rows, part in zip(stacked.unflatten(0, (len(parts), -1)), parts, strict=True):
+            yield rows[: self.width], part
 
-    def down_pairs(self, stacked: Tensor, weights: Sequence[Tensor]) -> Iterator[Pairs]:
-        """Views of a tensor like `down`, and of the same numbers in each expert's tensor [D, F]."""
+    def down_pairs(self, stacked: Tensor, weights: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views of a tensor like `down`, and the same numbers in tensors [D, F] of each expert."""
         for columns, weight in zip(stacked.chunk(len(weights), dim=1), weights, strict=True):
-            yield [(columns[:, : self.width], weight)]
+            yield columns[:, : self.width], weight
 
 
 @dataclass(frozen=True)
@@ -172,54 +168,75 @@ class Places:
         return by_row.flatten(2, 3).flatten(0, 1)[self.rows_of_tokens]
 
 
+@dataclass(frozen=True)
+class _Work:
+    """Everything but what has gradients."""
+
+    places: Places
+    stacked: StackedExperts
+    buffers: GradientBuffers
+
+
 class _Up(torch.autograd.Function):
     """Tiles of X W_up^T."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Places, stacked: StackedExperts, *weights: Tensor) -> Tensor:
-        x_PD = places.repeat(x)  # rows of no token meet gradients of zero
-        ctx.places, ctx.stacked, ctx.weights = places, stacked, weights
+    def forward(ctx: Any, x: Tensor, work: _Work, *weights: Tensor) -> Tensor:
+        x_PD = work.places.repeat(x)  # rows of no token meet gradients of zero
+        ctx.work, ctx.weights = work, weights
         ctx.save_for_backward(x_PD)
-        return _kernels().sdd(x_PD, stacked.up, places.up, b_layout="nk")
+        return _kernels().sdd(x_PD, work.stacked.up, work.places.up, b_layout="nk")
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (x_PD,) = ctx.saved_tensors
-        tiles, topology = grads[0].contiguous(), ctx.places.up
-        dx = _kernels().dsd(tiles, ctx.stacked.up, topology)[ctx.places.rows_of_tokens]
+        work: _Work = ctx.work
+        tiles, topology = grads[0].contiguous(), work.places.up
+        dx = _kernels().dsd(tiles, work.stacked.up, topology)[work.places.rows_of_tokens]
         dw = _kernels().dsd(tiles, x_PD, topology, form="S^T")
-        return dx, None, None, *_gradients(ctx.weights, dw, ctx.stacked.up_pairs)
+        if (buffers := work.buffers.table(ctx.weights)) is not None:
+            _adding().add_below_each_other(dw, buffers, num_parts=work.stacked.branches)
+            return dx, None, *map(place_holder, ctx.weights)
+        return dx, None, *_apart(dw, ctx.weights, work.stacked.up_pairs)
 
 
 class _Down(torch.autograd.Function):
     """S W_down^T for hidden tiles S."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, places: Places, stacked: StackedExperts, *weights: Tensor) -> Tensor:
-        ctx.places, ctx.stacked, ctx.weights = places, stacked, weights
+    def forward(ctx: Any, hidden: Tensor, work: _Work, *weights: Tensor) -> Tensor:
+        ctx.work, ctx.weights = work, weights
         ctx.save_for_backward(hidden)
-        return _kernels().dsd(hidden, stacked.down, places.down, b_layout="nk")[places.rows_of_tokens]
+        y_PD = _kernels().dsd(hidden, work.stacked.down, work.places.down, b_layout="nk")
+        return y_PD[work.places.rows_of_tokens]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         (hidden,) = ctx.saved_tensors
-        grad_PD, topology = ctx.places.pad(grads[0]), ctx.places.down
-        dhidden = _kernels().sdd(grad_PD, ctx.stacked.down, topology)
+        work: _Work = ctx.work
+        grad_PD, topology = work.places.pad(grads[0]), work.places.down
+        dhidden = _kernels().sdd(grad_PD, work.stacked.down, topology)
         dw = _kernels().dds(grad_PD.t().contiguous(), hidden, topology)
-        return dhidden, None, None, *_gradients(ctx.weights, dw, ctx.stacked.down_pairs)
+        if (buffers := work.buffers.table(ctx.weights)) is not None:
+            _adding().add_side_by_side(dw, buffers)
+            return dhidden, None, *map(place_holder, ctx.weights)
+        return dhidden, None, *_apart(dw, ctx.weights, work.stacked.down_pairs)
 
 
-def _gradients(weights: Sequence[Tensor], dw: Tensor, pairs_of: PairsOf) -> list[Tensor]:
-    """Add dW, stacked, to the weights' buffers, or unstack it where there are none; what autograd gets."""
-    buffers = [buffer for buffer in map(main_grad_of, weights) if buffer is not None]
-    if len(buffers) == len(weights):
-        for ours, theirs in chain.from_iterable(pairs_of(dw, buffers)):
-            theirs.add_(ours)
-        return list(map(place_holder, weights))
+def _apart(
+    dw: Tensor,
+    weights: Sequence[Tensor],
+    pairs_of: Callable[[Tensor, Sequence[Tensor]], Iterable[tuple[Tensor, Tensor]]],
+) -> list[Tensor]:
+    """The gradient of each weight out of those of all."""
     dws = list(map(torch.empty_like, weights))
-    for ours, theirs in chain.from_iterable(pairs_of(dw, dws)):
+    for ours, theirs in pairs_of(dw, dws):
         theirs.copy_(ours)
     return dws
+
+
+def _adding() -> Any:
+    return importlib.import_module("kernels.stacked_gradients")
 
 
 def _kernels() -> Any:

@@ -19,16 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.gradient_table import GradientTable
 from moe.block_sparse import BlockSparseExperts
 from moe.dispatcher import ExpertInput
 from moe.experts import QSparseSequentialMLP
 from moe.front import GroupedFused
+from moe.gradient_buffers import GradientBuffers
 from moe.per_step import PerStep, is_captured
 from moe.products import GroupedProducts, StackedWeights, grouped_products_for
 from qsparse_layers.functional import prepare_fused, prepare_input, prepare_weight
 from qsparse_layers.linear_call import Codes, Front, LinearCall, Sharding
-from qsparse_layers.main_grad import main_grad_of, place_holder
+from qsparse_layers.main_grad import place_holder
 from qsparse_layers.mlp import activate, activation_name
 from qsparse_layers.norm import rms_norm
 from qsparse_layers.parallel import QSparseLinearMixin, QSparseRowParallelLinear
@@ -94,7 +94,7 @@ class _Stack:
 
     def __init__(self) -> None:
         self._codes: PerStep[StackedWeights] = PerStep()
-        self._main_grads: GradientTable | None = None
+        self.buffers = GradientBuffers()
 
     def codes(
         self, layers: Sequence[QSparseLinearMixin], sharding: Sharding, products: GroupedProducts
@@ -109,16 +109,6 @@ class _Stack:
             return replace(stacked, expanded=products.expand(stacked))
 
         return self._codes.get(layers[0], stack)
-
-    def main_grads(self, weights: Sequence[Tensor]) -> GradientTable | None:
-        """Float32 gradient buffers of megatron-core's data parallelism, which kernels add to (see `functional`)."""
-        found = [buffer for buffer in map(main_grad_of, weights) if buffer is not None]
-        if len(found) < len(weights):
-            return None
-        known = self._main_grads
-        if known is None or any(new is not old for new, old in zip(found, known.buffers, strict=True)):
-            self._main_grads = known = GradientTable.of(found)
-        return known if known.is_aligned else None
 
 
 def _grouped_linear(
@@ -179,7 +169,7 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         work: _Work = ctx.work
         values, scale, *before = ctx.saved_tensors
-        main_grads = work.stack.main_grads(ctx.weights)
+        main_grads = work.stack.buffers.table(ctx.weights)
         dx, dws = work.products.backward(
             grads[0].contiguous(), Codes(values, scale), work.stacked, work.offsets,
             e4m3=work.call.format.gradients == "e4m3", main_grads=main_grads,

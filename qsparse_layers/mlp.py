@@ -60,8 +60,7 @@ def activation_name(config: Any) -> Activation | None:
 def activate(x: Tensor, config: Any, fused: Fused | None) -> Tensor:
     """The activation function of a feed-forward block: [..., ffn] or [..., gate | up] -> [..., ffn]."""
     name = activation_name(config)
-    features = x.shape[-1] // 2 if config.gated_linear_unit else x.shape[-1]
-    if fused is not None and name is not None and x.dtype == torch.bfloat16 and fused.takes(features, None):
+    if fused is not None and name is not None and x.dtype == torch.bfloat16:
         return _Activate.apply(x, name, fused)
     if not config.gated_linear_unit:
         return config.activation_func(x)

@@ -180,18 +180,20 @@ def test_the_choice_of_kernels() -> None:
 
 
 def test_rows_and_blocks_beyond_the_one_pass_kernels_go_elsewhere(device: str) -> None:
-    """The limits of `fused` are not those of a layer, which then computes step by step."""
+    """The limits of `fused` are not those of a layer, which then computes step by step, activation functions in one."""
     kernels = TritonKernels()
     assert kernels.fused is not None and kernels.sharded is not None
     blocks = TOPK.model_copy(update={"pattern": "block", "block_size": 128})
     for layout, features, fits in [(TOPK, 16384, True), (TOPK, 18432, False), (blocks, 256, False)]:
         assert (fused_for(kernels, layout, torch.bfloat16, features, None) is not None) == fits
-    x = draw(1, 2 * 18432, device=device)
-    hidden = activate(
-        x, SimpleNamespace(gated_linear_unit=True, activation_func=torch.nn.functional.silu), kernels.fused
-    )
-    gate, up = x.chunk(2, -1)
-    assert torch.equal(hidden, torch.nn.functional.silu(gate) * up)
+    config = SimpleNamespace(gated_linear_unit=True, activation_func=torch.nn.functional.silu)
+    x, grad = draw(2, 2 * 18432, device=device), draw(2, 18432, device=device)
+    found, expected = [], []
+    for results, fused, leaf in ((found, kernels.fused, x.clone()), (expected, None, x.double())):
+        hidden = activate(leaf.requires_grad_(), config, fused)
+        results += [hidden, *torch.autograd.grad(hidden, leaf, grad.to(leaf.dtype))]
+    for mine, theirs in zip(found, expected, strict=True):
+        assert error(mine.detach(), theirs.detach()) < 1e-2
 
 
 def test_a_weight_gradient_is_added_wherever_its_buffer_begins(device: str) -> None:
