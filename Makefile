@@ -43,10 +43,10 @@ train: env
 test: lint
 	bash .ci/test
 
-# Most of a kernel's test is compiling, which takes a core each; the others train, one after the other.
+# Most of a kernel's test is compiling, which takes a core each; the others start processes that train small models.
 test-gpu: env
 	pytest -m gpu -n $(WORKERS) tests/kernels tests/moe tests/bench
-	pytest -m gpu tests/gpu
+	pytest -m gpu -n 4 tests/gpu
 
 bench-gpu: env
 	test -d data/stdlib || qsparse data prepare --source stdlib --output data/stdlib

@@ -179,33 +179,36 @@ def expert_topology(
         raise ValueError(f"features_per_expert={features_per_expert}: expected a positive multiple of {block[1]}")
     per_expert, R = features_per_expert // block[1], num_row_blocks
     capacity, first_E = R * per_expert, (padded_offsets // block[0]).long()
-    used_rows, place = first_E[-1], torch.arange(capacity, device=padded_offsets.device)
-    used = place < used_rows * per_expert
-    row = place // per_expert
+    used_rows, tile = first_E[-1], torch.arange(capacity, device=padded_offsets.device)
+    row, column = tile // per_expert, tile % per_expert
     expert = torch.searchsorted(first_E[1:].contiguous(), row, right=True).clamp(max=len(first_E) - 2)
-    first, blocks = first_E[expert], first_E.diff()[expert].clamp(min=1)
     # In column order an expert's tiles take the places that they take in row order.
-    within = place - first * per_expert
-    row_in_column = first + within % blocks
-    counts_C = first_E.diff().repeat_interleave(per_expert, output_size=per_expert * (len(first_E) - 1))
-    row_offsets = torch.arange(R + 1, device=place.device).clamp(max=used_rows) * per_expert
-    column_offsets = torch.cat([counts_C.new_zeros(1), counts_C.cumsum(0)])
-    pairs_per_row = (per_expert + 1) // 2
-    group = place // (PAIR_ROWS * pairs_per_row)
-    rows_of_group = (used_rows - PAIR_ROWS * group).clamp(1, PAIR_ROWS)
-    in_group = place % (PAIR_ROWS * pairs_per_row)
-    pair_tile = (PAIR_ROWS * group + in_group % rows_of_group) * per_expert + 2 * (in_group // rows_of_group)
-    num_pairs = used_rows * pairs_per_row
-    columns, order = expert * per_expert + place % per_expert, row_in_column * per_expert + within // blocks
-    rows, columns, order, row_in_column = (
-        torch.where(used, index, 0).to(torch.int32) for index in (row, columns, order, row_in_column)
+    place, height = tile - first_E[expert] * per_expert, first_E.diff()[expert].clamp(min=1)
+    row_in_column = first_E[expert] + place % height
+    order = row_in_column * per_expert + place // height
+    rows, columns, order, rows_by_column = (
+        torch.where(tile < used_rows * per_expert, index, 0).to(torch.int32)
+        for index in (row, expert * per_expert + column, order, row_in_column)
     )
-    row_offsets, column_offsets = row_offsets.to(torch.int32), column_offsets.to(torch.int32)
+    heights_C = first_E.diff().repeat_interleave(per_expert, output_size=per_expert * (len(first_E) - 1))
+    column_offsets = torch.cat([heights_C.new_zeros(1), heights_C.cumsum(0)]).to(torch.int32)
+    row_offsets = (torch.arange(R + 1, device=tile.device).clamp(max=used_rows) * per_expert).to(torch.int32)
     return Topology(
-        block, row_offsets, column_offsets, rows, columns, order, row_in_column,
+        block, row_offsets, column_offsets, rows, columns, order, rows_by_column,
         _longest(row_offsets, capacity), _longest(column_offsets, capacity),
-        torch.where(place < num_pairs, pair_tile, 0).to(torch.int32), num_pairs.to(torch.int32).view(1),
+        *_pairs_of_equal_rows(used_rows, per_expert, tile),
     )  # fmt: skip
+
+
+def _pairs_of_equal_rows(used_rows: Tensor, per_row: int, index: Tensor) -> tuple[Tensor, Tensor]:
+    """`_pairs` where the first `used_rows` rows have `per_row` tiles each and the others none."""
+    pairs_per_row = (per_row + 1) // 2
+    group, in_group = index // (PAIR_ROWS * pairs_per_row), index % (PAIR_ROWS * pairs_per_row)
+    rows_of_group = (used_rows - PAIR_ROWS * group).clamp(1, PAIR_ROWS)
+    row, pair = PAIR_ROWS * group + in_group % rows_of_group, in_group // rows_of_group
+    num_pairs = used_rows * pairs_per_row
+    tiles = torch.where(index < num_pairs, row * per_row + 2 * pair, 0)
+    return tiles.to(torch.int32), num_pairs.to(torch.int32).view(1)
 
 
 def expert_row_blocks(num_tokens: int, num_experts: int, block_rows: int) -> int:
