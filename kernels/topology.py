@@ -179,19 +179,20 @@ def expert_topology(
         raise ValueError(f"features_per_expert={features_per_expert}: expected a positive multiple of {block[1]}")
     per_expert, R = features_per_expert // block[1], num_row_blocks
     capacity, first_E = R * per_expert, (padded_offsets // block[0]).long()
+    height_E = first_E.diff()
     used_rows, tile = first_E[-1], torch.arange(capacity, device=padded_offsets.device)
     row, column = tile // per_expert, tile % per_expert
-    expert = torch.searchsorted(first_E[1:].contiguous(), row, right=True).clamp(max=len(first_E) - 2)
+    expert = torch.searchsorted(first_E[1:].contiguous(), row, right=True).clamp(max=len(height_E) - 1)
     # In column order an expert's tiles take the places that they take in row order.
-    place, height = tile - first_E[expert] * per_expert, first_E.diff()[expert].clamp(min=1)
+    place, height = tile - first_E[expert] * per_expert, height_E[expert].clamp(min=1)
     row_in_column = first_E[expert] + place % height
     order = row_in_column * per_expert + place // height
     rows, columns, order, rows_by_column = (
         torch.where(tile < used_rows * per_expert, index, 0).to(torch.int32)
         for index in (row, expert * per_expert + column, order, row_in_column)
     )
-    heights_C = first_E.diff().repeat_interleave(per_expert, output_size=per_expert * (len(first_E) - 1))
-    column_offsets = torch.cat([heights_C.new_zeros(1), heights_C.cumsum(0)]).to(torch.int32)
+    height_C = height_E.repeat_interleave(per_expert, output_size=per_expert * len(height_E))
+    column_offsets = torch.cat([height_C.new_zeros(1), height_C.cumsum(0)]).to(torch.int32)
     row_offsets = (torch.arange(R + 1, device=tile.device).clamp(max=used_rows) * per_expert).to(torch.int32)
     return Topology(
         block, row_offsets, column_offsets, rows, columns, order, rows_by_column,

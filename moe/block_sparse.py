@@ -31,6 +31,7 @@ from torch.nn.functional import pad
 
 from kernels.dispatch import ReferenceKernels
 from moe.config import EXPERT_TILE as TILE
+from moe.config import whole_tiles
 from moe.dispatcher import ExpertInput
 from moe.gradient_buffers import GradientBuffers
 from moe.per_step import PerStep
@@ -99,7 +100,7 @@ class StackedExperts:
     def of(cls, ups: Sequence[Tensor], downs: Sequence[Tensor]) -> "StackedExperts":
         """From weights [B F, D] and [D, F]."""
         hidden, width = downs[0].shape
-        whole_width, branches = -(-width // TILE) * TILE, ups[0].shape[0] // width
+        whole_width, branches = whole_tiles(width), ups[0].shape[0] // width
         make = ups[0].new_empty if width == whole_width else ups[0].new_zeros
         up, down = make(len(ups) * branches * whole_width, hidden), make(hidden, len(ups) * whole_width)
         stacked = cls(up, down, len(ups), width, branches)
@@ -141,14 +142,14 @@ class Places:
             torch.searchsorted(ends[1:].contiguous(), places, right=True)
             for ends, places in ((offsets, token), (padded, row))
         )
-        expert_P = expert_P.clamp(max=stacked.num_experts - 1)
-        token_P = row - (padded - offsets)[expert_P]
+        expert_P, shift_E = expert_P.clamp(max=stacked.num_experts - 1), padded - offsets
+        token_P = row - shift_E[expert_P]
         width = stacked.down.shape[1] // stacked.num_experts
         down = up = topology.expert_topology(padded, blocks, width, (TILE, TILE))
         if stacked.branches > 1:
             up = topology.expert_topology(padded, blocks, stacked.branches * width, (TILE, TILE))
         return cls(
-            token + (padded - offsets)[expert_T],
+            token + shift_E[expert_T],
             torch.where(token_P < offsets[1:][expert_P], token_P, num_tokens),
             up,
             down,

@@ -10,6 +10,11 @@ EXPERT_TILE = 128
 """Rows and features of a tile of experts in bf16 (`moe.block_sparse`); widths are multiples of it."""
 
 
+def whole_tiles(width: int) -> int:
+    """`width` rounded up to whole tiles."""
+    return -(-width // EXPERT_TILE) * EXPERT_TILE
+
+
 class MoEConfig(StrictModel):
     """Replaces the FFN of the chosen layers by `num_experts` experts, `top_k` of them per token."""
 

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from moe.config import MoEConfig
 from pipeline.config_layers import layer_formats
 from pipeline.config_violation import Obstacle, Violation, obstructed, value_of
 
 if TYPE_CHECKING:
+    from moe.config import MoEConfig
     from pipeline.config import Config
 
 
@@ -31,7 +31,7 @@ def _cuda_graph(config: "Config") -> Iterator[Violation]:
         yield from _cuda_graph_with_experts(config, config.model.moe)
 
 
-def _cuda_graph_with_experts(config: "Config", moe: MoEConfig) -> Iterator[Violation]:
+def _cuda_graph_with_experts(config: "Config", moe: "MoEConfig") -> Iterator[Violation]:
     """Token counts must not reach the host: experts of one rank, dropless, in grouped or block-sparse products."""
     warmup = config.model.qsparse.quantization_warmup
     obstacles = {

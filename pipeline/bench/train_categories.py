@@ -15,7 +15,8 @@ CATEGORIES = (
     ("norm, activation", r"norm|^_dots_kernel$|silu|swiglu|geglu|relu|_activation_kernel|dgain|dgamma"),
     (
         "GEMM",
-        r"gemm|^_grouped_kernel$|nvjet|cutlass|xmma|wgmma|splitk|::mm$|::addmm$|::bmm$|mkldnn_linear|_hopper_|sdd_kernel|sparse_dense_kernel",
+        r"gemm|^_grouped_kernel$|nvjet|cutlass|xmma|wgmma|splitk|::mm$|::addmm$|::bmm$|mkldnn_linear|_hopper_"
+        r"|sdd_kernel|sparse_dense_kernel",
     ),
     ("sort, top-K", r"sort|topk|scatter|histogram"),
 )

@@ -8,7 +8,7 @@ beforehand, so S is the configured one, not the measured one.
 
 from typing import NamedTuple
 
-from moe.config import EXPERT_TILE
+from moe.config import whole_tiles
 from pipeline.config import Config
 from qsparse_layers.config import LinearFormat, layer_format
 
@@ -68,7 +68,7 @@ class FeedForward(NamedTuple):
         if moe is None or moe.execution == "sequential" or run.kernels == "reference" or not self.experts:
             return 0
         in_bf16 = config.training.precision == "bf16" and self.up.format.is_plain and self.down.format.is_plain
-        return -(-self.down.inputs // shards // EXPERT_TILE) * EXPERT_TILE if in_bf16 else 0
+        return whole_tiles(self.down.inputs // shards) if in_bf16 else 0
 
 
 class Layer(NamedTuple):

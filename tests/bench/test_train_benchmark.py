@@ -159,6 +159,8 @@ def test_kernels_fall_into_categories():
         "nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_NNT": "GEMM",
         "_hopper_gemm_kernel": "GEMM",
         "_gemm_kernel": "GEMM",
+        "_sdd_kernel": "GEMM",
+        "_sparse_dense_kernel": "GEMM",
         "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16": "attention",
         "void multi_tensor_apply_kernel<AdamFunctor>": "optimizer",
         "ncclDevKernel_AllReduce_Sum_f32_RING_LL": "communication",

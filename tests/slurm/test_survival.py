@@ -3,6 +3,7 @@
 import random
 import re
 import signal
+import statistics
 import sys
 import time
 
@@ -42,6 +43,8 @@ def test_nodes_die_and_fewer_replicas_go_on(user: User, undisturbed: RunFiles) -
     alone, expected = losses[alone_from:], undisturbed.losses[alone_from:]
     assert alone[:20] == pytest.approx(expected[:20], rel=2e-3)
     assert alone == pytest.approx(expected, rel=1e-2)
+    # Neighbouring batches differ by 1e-2 and more: other samples would not stay this near in most of the steps.
+    assert statistics.median(abs(a / b - 1) for a, b in zip(alone, expected, strict=True)) < 1e-3
     assert user.run("dead").status["state"] == "completed"
 
 
