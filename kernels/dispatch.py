@@ -60,6 +60,26 @@ class Expander(Protocol):
         """From int8 codes [O,D] and scales [O] or [1]."""
 
 
+class Packed(Protocol):
+    """A ternary weight in two bits, for products of a few tokens: those of `Kernels.linear` in bf16, bit for bit."""
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether there is a product for an input [..., D]."""
+
+    def linear(self, x: Tensor, x_scale: Tensor) -> Tensor:
+        """bf16 [..., O] of int8 codes [..., D] and their scales [..., 1]."""
+
+
+class Packer(Protocol):
+    """Makes the two-bit form of weights that stay as they are for many tokens."""
+
+    def takes(self, weight: Tensor) -> bool:
+        """Whether there is one for ternary codes of this master weight [O,D]."""
+
+    def pack(self, codes: Tensor, scale: Tensor, num_tokens: int) -> Packed:
+        """From int8 codes [O,D] and scales [O] or [1], for so many tokens at once."""
+
+
 class Before(NamedTuple):
     """What is computed on a row before its codes: an activation function, an RMSNorm, both in this order, none."""
 
@@ -137,6 +157,8 @@ class Kernels(Protocol):
     """Passes of a row-parallel layer on several ranks; None: there are none."""
     expander: Expander | None
     """What keeps ternary weights in bf16 for the backward pass; None: nothing does."""
+    packer: Packer | None
+    """What packs ternary weights for decoding; None: nothing does."""
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
         """int8 codes of the `kept` largest features (of each `block`; None: of the row) and scales [..., 1]."""
@@ -194,6 +216,7 @@ class ReferenceKernels:
     fused: Fused | None = None
     sharded: Sharded | None = None
     expander: Expander | None = None
+    packer: Packer | None = None
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
         """See `Kernels.sparsify`."""

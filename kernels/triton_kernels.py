@@ -8,6 +8,7 @@ from torch.nn.functional import linear as dense_linear
 
 from kernels import fused, fused_backward, gradients, sharded, sharded_backward, topk_float
 from kernels.activation import activate
+from kernels.decode_linear import TwoBitPacker
 from kernels.dispatch import (
     Activation,
     Backward,
@@ -16,6 +17,7 @@ from kernels.dispatch import (
     Expander,
     Fused,
     Gather,
+    Packer,
     ReferenceKernels,
     Sharded,
     e4m3_scale,
@@ -37,6 +39,7 @@ class TritonKernels:
         self.fused: Fused | None = FusedKernels()
         self.sharded: Sharded | None = ShardedKernels()
         self.expander: Expander | None = WeightExpander() if keep_bf16_weights else None
+        self.packer: Packer | None = TwoBitPacker()
 
     def sparsify(self, x: Tensor, kept: int | None, block: int | None) -> tuple[Tensor, Tensor]:
         """See `Kernels.sparsify`."""

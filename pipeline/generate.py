@@ -1,10 +1,11 @@
 """Generate text with a trained model: `qsparse generate RUN_DIR --prompt TEXT`.
 
-Every token is one forward pass over the whole context, without a key/value cache, so that it works unchanged under
-every layout.  It is meant for looking at a run, not for serving.
+It is meant for looking at a run, not for serving: one text at a time.
 """
 
 import argparse
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,16 +16,15 @@ from pipeline.data.tokenizer import TextTokenizer, load_tokenizer
 from pipeline.run_entry import open_run, run_ranks
 
 if TYPE_CHECKING:
-    from pipeline.engine import Engine
+    from pipeline.next_token import Predict
 
 
 def generate(
-    engine: "Engine",
+    predict: "Predict",
     tokenizer: TextTokenizer,
     prompt: str,
     num_tokens: int,
     *,
-    seq_length: int,
     device: torch.device,
     temperature: float = 0.8,
     seed: int = 0,
@@ -32,11 +32,10 @@ def generate(
     """Continue `prompt` by `num_tokens` tokens; collective, the same text on every rank.
 
     Args:
-        engine: the model.
+        predict: the model.
         tokenizer: the dataset's.
-        prompt: text to continue; its last `seq_length` tokens are what the model sees.
+        prompt: text to continue.
         num_tokens: tokens to add.
-        seq_length: longest context.
         device: the rank's.
         temperature: softmax temperature; 0 takes the most likely token.
         seed: of the draws.
@@ -44,10 +43,7 @@ def generate(
     ids = tokenizer.encode(prompt) or [tokenizer.eod_id]
     generator = torch.Generator().manual_seed(seed)
     for _ in range(num_tokens):
-        context = ids[-seq_length:]
-        tokens = torch.zeros(1, seq_length, dtype=torch.int64, device=device)  # padding follows: causal, never seen
-        tokens[0, : len(context)] = torch.tensor(context)
-        logits = engine.logits(tokens)[0, len(context) - 1, : tokenizer.vocab_size].double().cpu()
+        logits = predict(ids)[: tokenizer.vocab_size].double().cpu()
         token = _draw(logits, temperature, generator).to(device)
         dist.broadcast(token, 0)  # ranks may differ in the last bit of a logit
         ids.append(int(token))
@@ -77,15 +73,21 @@ def main() -> None:
 
 def _continue(options: argparse.Namespace) -> None:
     with open_run(options.run_dir, options.overrides) as run:
-        text = generate(
-            *(run.learner.engine, load_tokenizer(run.data.tokenizer_path), options.prompt, options.tokens),
-            seq_length=run.config.training.seq_length,
-            device=run.world.device,
-            temperature=options.temperature,
-            seed=options.seed,
-        )
+        from pipeline.next_token import next_token  # megatron-core may be imported only now
+
+        tokenizer = load_tokenizer(run.data.tokenizer_path)
+        with next_token(run.learner, tokenizer.eod_id) as predict:
+            begin = time.perf_counter()
+            text = generate(
+                *(predict, tokenizer, options.prompt, options.tokens),
+                device=run.world.device,
+                temperature=options.temperature,
+                seed=options.seed,
+            )
         if run.world.is_main:
+            seconds = time.perf_counter() - begin
             print(text)
+            print(f"{options.tokens} tokens in {seconds:.1f} s, {options.tokens / seconds:.0f} per s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pipeline.device_memory import explained
 from pipeline.expert_load import ExpertLoadMeter
 from pipeline.generate import generate
 from pipeline.learner import Learner, StepResult
+from pipeline.next_token import next_token
 from pipeline.profiling import Profiler
 from pipeline.reporter import Reporter
 from pipeline.run_directory import RunDirectory
@@ -142,12 +143,10 @@ class Trainer:
         sample = ""
         self.watchdog.beat("end", step)
         if self.config.training.sample_tokens:
-            sample = generate(
-                *(self.learner.engine, load_tokenizer(self.data.tokenizer_path)),
-                *(SAMPLE_PROMPT, self.config.training.sample_tokens),
-                seq_length=self.config.training.seq_length,
-                device=self.world.device,
-            )
+            tokenizer = load_tokenizer(self.data.tokenizer_path)
+            with next_token(self.learner, tokenizer.eod_id) as predict:
+                count, device = self.config.training.sample_tokens, self.world.device
+                sample = generate(predict, tokenizer, SAMPLE_PROMPT, count, device=device)
         self.reporter.completed(step, loss, sample)
 
     def _load(self, start: StartingPoint) -> None:

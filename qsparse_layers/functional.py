@@ -85,7 +85,10 @@ class _QSparseLinear(torch.autograd.Function):
         before = () if front is None else (x, gain, rstd)
         weights = w_hat.values, w_scale, *in_bf16
         ctx.save_for_backward(x_hat.values, x_hat.scale, *weights, straight_through_scale, *before)
-        y = call.kernels.linear(full.values, w_hat.values, x_scale=full.scale, weight_scale=w_scale, dtype=x.dtype)
+        if w_hat.packed is not None and full.scale is not None and w_hat.packed.takes(full.values):
+            y = w_hat.packed.linear(full.values, full.scale)
+        else:
+            y = call.kernels.linear(full.values, w_hat.values, x_scale=full.scale, weight_scale=w_scale, dtype=x.dtype)
         return reduce_scatter(y, call.sharding.outputs)
 
     @staticmethod

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.dispatch import Activation, Before, Expanded, Expander, Fused, Kernels, ReferenceKernels
+from kernels.dispatch import Activation, Before, Expanded, Expander, Fused, Kernels, Packed, ReferenceKernels
 from qsparse_layers.config import LinearFormat
 from qsparse_layers.stats import ZeroCounts
 
@@ -84,6 +84,8 @@ class Operand:
     scale: Tensor | None = None
     expanded: Expanded | None = None
     """Of ternary codes: the same in bf16, where that is kept."""
+    packed: Packed | None = None
+    """Of ternary codes: the same in two bits, while decoding."""
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The product in `dtype`, rounded once."""

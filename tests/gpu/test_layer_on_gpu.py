@@ -12,7 +12,7 @@ from kernels.dispatch import kernels_for
 from qsparse_layers.config import LinearFormat
 from qsparse_layers.functional import qsparse_linear
 from qsparse_layers.linear_call import LinearCall, WeightParts
-from tests.distributed.test_layouts import DENSE, DP, FULL, PP, TP, TP_SP, VPP, case
+from tests.distributed.test_layouts import DENSE, DP, FULL, MOE, PP, TP, TP_SP, VPP, case
 from tests.testing import torchrun
 
 pytestmark = pytest.mark.gpu
@@ -157,3 +157,22 @@ def test_sparse_floats_are_those_of_the_cpu(pattern: str) -> None:
     found, expected = run_layer(layout, torch.bfloat16, "cuda"), run_layer(layout, torch.bfloat16, "cpu")
     for a, b in zip(found, expected, strict=True):
         assert (a.float() - b.float()).norm() / b.float().norm() < 2e-2
+
+
+def test_a_memory_and_two_bit_weights_on_one_gpu(tmp_path: Path) -> None:
+    """As a CUDA graph; packed weights give the same bits, and attention rounds otherwise than in a whole pass."""
+    backends = ["local", "te"] if find_spec("transformer_engine") else ["local"]
+    cases = {}
+    for backend in backends:
+        cases |= {
+            f"{backend}:dense": on_gpu(case(DENSE, "bf16", {}), backend),
+            f"{backend}:full": on_gpu(case(FULL, "bf16", {}), backend),
+            f"{backend}:experts": on_gpu(case(FULL, "bf16", {}, moe=MOE), backend),
+        }
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    torchrun("tests.distributed.decoded", str(tmp_path / "cases.json"), str(tmp_path / "out.json"), nproc=1)
+    for name, found in json.loads((tmp_path / "out.json").read_text()).items():
+        assert found["remembers"], name
+        assert found["equal"], name
+        assert found["packed"] == (not name.endswith("dense")), name
+        assert found["distance"] < (0.02 if name.endswith("dense") else 0.5), (name, found)  # single codes flip
