@@ -53,6 +53,7 @@ bench-gpu: env
 	qsparse bench kernels --output docs/performance
 	qsparse bench moe --output docs/performance
 	qsparse bench train --output docs/performance
+	qsparse bench generate --output docs/performance
 	[ "$$(nvidia-smi -L | wc -l)" -lt 2 ] || qsparse bench scaling --output docs/performance
 	qsparse bench trajectories --data data/stdlib --output docs/performance
 

@@ -24,6 +24,7 @@ BENCHMARKS = (
     Benchmark("trajectories", "pipeline.bench.trajectories", "losses of the same training on different kernels"),
     Benchmark("moe", "pipeline.bench.moe", "one MoE layer against bf16 experts of other libraries: time and memory"),
     Benchmark("train", "pipeline.bench.train", "tokens per second, memory and step-time breakdown of whole training"),
+    Benchmark("generate", "pipeline.bench.generate", "tokens per second of whole models that generate, in two bits"),
     Benchmark("scaling", "pipeline.bench.scaling", "the same training on one GPU and on several, and what hides what"),
 )
 

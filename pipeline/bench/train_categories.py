@@ -9,14 +9,14 @@ CATEGORIES = (
     ("attention", r"attention|attn|flash|fmha|sdpa|mha|rope|rotary"),
     (
         "sparsify, quantize",
-        r"sparsif|quantiz|ternar|codes|(row|part)_sums|transpose_|round_gradient|_fused_kernel"
+        r"sparsif|quantiz|ternar(?!y_(gemv|dot)_)|codes|(row|part)_sums|transpose_|round_gradient|_fused_kernel"
         r"|^(sums|count|fine|keep|local)_kernel$",
     ),
     ("norm, activation", r"norm|^_dots_kernel$|silu|swiglu|geglu|relu|_activation_kernel|dgain|dgamma"),
     (
         "GEMM",
         r"gemm|^_grouped_kernel$|nvjet|cutlass|xmma|wgmma|splitk|::mm$|::addmm$|::bmm$|mkldnn_linear|_hopper_"
-        r"|sdd_kernel|sparse_dense_kernel",
+        r"|sdd_kernel|sparse_dense_kernel|^ternary_(gemv|dot)_kernel$",
     ),
     ("sort, top-K", r"sort|topk|scatter|histogram"),
 )

@@ -27,7 +27,7 @@ def test_numbers_out_of_range(name: str, argument: str, expected: str, capsys: p
     assert expected in refused(name, [argument], capsys)
 
 
-@pytest.mark.parametrize("name", ["kernels.__main__", "moe", "train", "scaling", "trajectories"])
+@pytest.mark.parametrize("name", ["kernels.__main__", "moe", "train", "generate", "scaling", "trajectories"])
 def test_nothing_to_draw(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     told = refused(name, ["--draw", f"--output={tmp_path}"], capsys)
     assert f"{name.split('.')[0]}: error: --draw: no " in told
