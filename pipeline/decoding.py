@@ -7,6 +7,7 @@ the kernels of one token takes longer than running them.
 Shapes: b rows, s tokens, V vocabulary.
 """
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,12 +16,14 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.model import Model, unwrap
+from pipeline.model import Model, unwrap, uses_triton
 from qsparse_layers.kv_cache import Place, remembering
 from qsparse_layers.packed import pack_weights
 
 EAGER_STEPS = 2
 """Before a capture: kernels are compiled, buffers of libraries allocated."""
+MAX_HEAD_SIZE = 256
+"""Of the attention kernel."""
 
 
 def can_decode(config: Config) -> bool:
@@ -133,5 +136,8 @@ def decoding(model: Model, config: Config, *, num_rows: int = 1, use_graph: bool
     place = Place(config.training.seq_length, device)
     if use_graph is None:
         use_graph = device.type == "cuda" and torch.distributed.get_world_size() == 1 and config.model.moe is None
-    with remembering(gpt, num_rows, place):
+    attend = None
+    if uses_triton(config) and config.training.precision == "bf16" and config.model.head_size <= MAX_HEAD_SIZE:
+        attend = importlib.import_module("kernels.decode_attention").attend
+    with remembering(gpt, num_rows, place, attend):
         yield Decoder(gpt, place, use_graph=use_graph)

@@ -10,7 +10,7 @@ the same addresses at every position, which a CUDA graph can repeat.
 Shapes: b rows, s tokens, M positions, h heads, g key/value heads, d features of a head.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -52,21 +52,31 @@ class Place:
         torch.le(self._positions, self.position, out=self.visible)
 
 
+Attend = Callable[..., Tensor]
+"""`kernels.decode_attention.attend`."""
+
+
 class CachedAttention(Module):
     """Causal attention of a text's beginning, or of one token after what went before; no gradients.
 
     Args:
         place: which token is next.
         memory: zeros [2, b, g, M, d].
+        attend: kernel for one token; None: scaled_dot_product_attention under a mask.
     """
 
-    def __init__(self, place: Place, memory: Tensor) -> None:
+    def __init__(self, place: Place, memory: Tensor, attend: Attend | None) -> None:
         super().__init__()
-        self._place = place
+        self._place, self._attend = place, attend
         self._keys, self._values = memory
+        self._arrivals = memory.new_zeros(memory[0, ..., 0, 0].numel(), dtype=torch.int32)
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
         """[s, b, h, d], twice [s, b, g, d] -> [s, b, h d]: one token, that of `place`, or positions 0 to s - 1."""
+        if len(query) == 1 and self._attend is not None:
+            place = {"position": self._place.position, "arrivals": self._arrivals}
+            found = self._attend(query[0], key[0], value[0], keys=self._keys, values=self._values, **place)
+            return found.flatten(1)[None]
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if len(query) > 1:
             self._keys[:, :, : len(key)] = k
@@ -81,13 +91,14 @@ class CachedAttention(Module):
 
 
 @contextmanager
-def remembering(model: Module, num_rows: int, place: Place) -> Iterator[None]:
+def remembering(model: Module, num_rows: int, place: Place, attend: Attend | None = None) -> Iterator[None]:
     """Within this, the self-attentions of `model` are `CachedAttention`.
 
     Args:
         model: all layers.
         num_rows: b, texts at once.
         place: starts at position 0.
+        attend: see `CachedAttention`.
     """
     found = [module for module in model.modules() if isinstance(module, SelfAttention)]
     cores = [attention.core_attention for attention in found]
@@ -95,7 +106,7 @@ def remembering(model: Module, num_rows: int, place: Place) -> Iterator[None]:
         for attention in found:
             heads, width = attention.num_query_groups_per_partition, attention.hidden_size_per_attention_head
             memory = next(attention.parameters()).new_zeros(2, num_rows, heads, place.num_positions, width)
-            attention.core_attention = CachedAttention(place, memory)
+            attention.core_attention = CachedAttention(place, memory, attend)
         yield
     finally:
         for attention, core in zip(found, cores, strict=True):
