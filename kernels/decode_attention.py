@@ -113,8 +113,8 @@ def _attend_kernel(
             one_RF = tl.load(partial_ptr + number * size + at_RF, mask=is_row_RF, other=0.0, cache_modifier=".cg")
             y_RF += one_RF * tl.exp2(one_R - largest_R)[:, None]
         y_RF /= total_R[:, None]
-        y_ptr += (pair * GROUP + row_R1) * num_features + feature_1F
-        tl.store(y_ptr, y_RF.to(y_ptr.dtype.element_ty), mask=is_row_RF)
+        at_y_RF = (pair * GROUP + row_R1) * num_features + feature_1F
+        tl.store(y_ptr + at_y_RF, y_RF.to(y_ptr.dtype.element_ty), mask=is_row_RF)
 
 
 def attend(

@@ -27,11 +27,12 @@ class Case:
         self.memory = draw(2, texts, groups, self.positions, features)
         self.arrivals = torch.zeros(texts * groups, dtype=torch.int32, device=device)
 
-    def found(self, position: int) -> Tensor:
+    def found(self, position: int, splits: int | None = None) -> Tensor:
         keys, values = self.memory.clone()
         keys[:, :, position:], values[:, :, position:] = math.nan, math.nan  # nothing behind the past is looked at
         at = torch.tensor([position], device=keys.device)
-        y = attend(*(self.query, self.key, self.value), keys=keys, values=values, position=at, arrivals=self.arrivals)
+        memory = {"keys": keys, "values": values, "position": at, "arrivals": self.arrivals}
+        y = attend(self.query, self.key, self.value, **memory, splits=splits)
         assert torch.equal(keys[:, :, position], self.key)
         assert torch.equal(values[:, :, position], self.value)
         assert torch.equal(keys[:, :, :position], self.memory[0, :, :, :position])
@@ -53,13 +54,14 @@ def of_device(device: str) -> list[tuple[int, int, int, int, int]]:
     return SHAPES if device == "cpu" else GPU_SHAPES
 
 
+@pytest.mark.parametrize("splits", [None, 1, 4])
 @pytest.mark.parametrize("spread", [1.0, 30.0])
-def test_it_is_softmax_attention(spread: float, device: str) -> None:
+def test_it_is_softmax_attention(spread: float, splits: int | None, device: str) -> None:
     for shape in of_device(device):
         case = Case(shape, device, spread)
         last = case.positions - 1
         for position in sorted({0, 1, BLOCK - 1, BLOCK, 2 * BLOCK + 1, last} & set(range(case.positions))):
-            found, expected = case.found(position), case.expected(position)
+            found, expected = case.found(position, splits), case.expected(position)
             assert found.dtype == torch.bfloat16
             assert (found.double() - expected).abs().max() < 0.02 * expected.abs().max(), (shape, position)
 
