@@ -81,10 +81,10 @@ def _draw(folder: Path, console: Console) -> None:
             at = [number + 0.27 * (place - 1) for number in range(len(counts))]
             axes.bar(at, [times[count] for count in counts], 0.25, label=variant, color=color)
             axes.hlines([floors[count] for count in counts], [x - 0.12 for x in at], [x + 0.12 for x in at], "black")
-        axes.set(title=shape, xlabel="texts at once", ylabel="ms per token (line: bytes alone)")
+        axes.set(title=shape, xlabel="texts at once", ylabel="ms per token (line: a copy of its bytes)")
         axes.set_xticks(range(len(counts)), counts)
         axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(VARIANTS), frameon=False)
     figure.savefig(folder / "generate.png", dpi=150)
     table = _table(results.rows)
     console.print(table, markup=False, highlight=False)
@@ -110,7 +110,7 @@ def _table(rows: Sequence[Row]) -> str:
         ]
         for row in rows
     ]
-    return markdown_table(["model", "texts", "ms", "tokens/s", "ms of products", "ms of bytes"], lines)
+    return markdown_table(["model", "texts", "ms", "tokens/s", "ms of products", "ms to copy its bytes"], lines)
 
 
 if __name__ == "__main__":
