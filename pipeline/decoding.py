@@ -9,7 +9,7 @@ Shapes: b rows, s tokens, V vocabulary.
 
 import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.config import Config
 from pipeline.model import Model, unwrap, uses_triton
 from qsparse_layers.kv_cache import Place, remembering
-from qsparse_layers.packed import pack_weights
+from qsparse_layers.packed import packed_weights
 
 EAGER_STEPS = 2
 """Before a capture: kernels are compiled, buffers of libraries allocated."""
@@ -112,32 +112,34 @@ class Decoder:
     def _capture(self, tokens_b: Tensor) -> torch.cuda.CUDAGraph:
         self._tokens = tokens_b.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads (data, tracking) go on calling CUDA while this one captures.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._logits = self._step(self._tokens)
         return graph
 
 
 @contextmanager
-def decoding(model: Model, config: Config, *, num_rows: int = 1, use_graph: bool | None = None) -> Iterator[Decoder]:
+def decoding(model: Model, config: Config, *, num_rows: int = 1, pack: bool = True) -> Iterator[Decoder]:
     """A decoder of `model`, whose training is over: layers keep the codes of the weights as they are now.
+
+    A step is captured as a CUDA graph on one GPU without experts, whose dispatch may wait for the host.
 
     Args:
         model: for which `can_decode` holds.
         config: of its run; `training.seq_length` is the longest text.
         num_rows: texts at once.
-        use_graph: capture a step as a CUDA graph; None: on one GPU, without experts.
+        pack: read ternary weights in two bits where there are kernels.
     """
     (chunk,) = model.chunks
     gpt = unwrap(chunk).eval()
     device = next(gpt.parameters()).device
     if model.schedule.weight_version is None:
         model.schedule.weights_changed()  # from here on layers keep their codes
-    pack_weights((layer.module for layer in model.layers), num_rows)
     place = Place(config.training.seq_length, device)
-    if use_graph is None:
-        use_graph = device.type == "cuda" and torch.distributed.get_world_size() == 1 and config.model.moe is None
+    use_graph = device.type == "cuda" and torch.distributed.get_world_size() == 1 and config.model.moe is None
     attend = None
     if uses_triton(config) and config.training.precision == "bf16" and config.model.head_size <= MAX_HEAD_SIZE:
         attend = importlib.import_module("kernels.decode_attention").attend
-    with remembering(gpt, num_rows, place, attend):
+    packed = packed_weights((layer.module for layer in model.layers), num_rows) if pack else nullcontext()
+    with packed, remembering(gpt, num_rows, place, attend):
         yield Decoder(gpt, place, use_graph=use_graph)

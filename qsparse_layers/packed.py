@@ -5,7 +5,8 @@ go to the product of training.  Both give the same bits.  Weights that share a g
 and so is everything under the reference kernels.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -15,21 +16,29 @@ from qsparse_layers.linear_call import Sharding
 from qsparse_layers.parallel import QSparseLinearMixin
 
 
-@torch.no_grad()
-def pack_weights(layers: Iterable[QSparseLinearMixin], num_tokens: int) -> None:
-    """Pack the weights as they are now; good until the schedule says that they changed.
+@contextmanager
+def packed_weights(layers: Iterable[QSparseLinearMixin], num_tokens: int) -> Iterator[None]:
+    """Within this, layers find their weights packed as they are now.
 
     Args:
         layers: linear layers of a model whose schedule names a version of the weights.
         num_tokens: that will be multiplied at once.
     """
+    before = []
     for layer in layers:
         packer, version = layer.kernels.packer, layer.schedule.weight_version
         quantizes = layer.format.weights == "ternary" and layer.format.activations == "int8"
         is_full = layer.schedule.quantization == 1.0
         if packer is None or version is None or not (quantizes and is_full and packer.takes(layer.weight)):
             continue
-        operand = prepare_weight(layer.weight, layer.call(Sharding(weight=layer.tp_group)))
+        with torch.no_grad():
+            operand = prepare_weight(layer.weight, layer.call(Sharding(weight=layer.tp_group)))
         assert operand.scale is not None
         packed = packer.pack(operand.values, operand.scale.flatten(), num_tokens)
         layer.cache.put(version, replace(operand, packed=packed))
+        before.append((layer.cache, version, operand))
+    try:
+        yield
+    finally:
+        for cache, version, operand in before:
+            cache.put(version, operand)

@@ -81,7 +81,7 @@ def _draw(folder: Path, console: Console) -> None:
             at = [number + 0.27 * (place - 1) for number in range(len(counts))]
             axes.bar(at, [times[count] for count in counts], 0.25, label=variant, color=color)
             axes.hlines([floors[count] for count in counts], [x - 0.12 for x in at], [x + 0.12 for x in at], "black")
-        axes.set(title=shape, xlabel="texts at once", ylabel="ms per token (line: a copy of its bytes)")
+        axes.set(title=f"{shape} (line: a copy of its bytes)", xlabel="texts at once", ylabel="ms per token")
         axes.set_xticks(range(len(counts)), counts)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(VARIANTS), frameon=False)

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -101,31 +101,16 @@ def _model(job: Job, variant: str) -> "Model":
 
 def _wrong(job: Job, variant: str, model: "Model") -> Iterator[str]:
     """Whether packing the weights changes a logit."""
-    for count in job.rows:
-        tokens = _tokens(job, count)
-        found = []
-        packers = {layer.module.kernels.packer for layer in model.layers}
-        for packs in (True, False):
-            if not packs:
-                for layer in model.layers:
-                    layer.module.kernels.packer = None
-            model.schedule.weights_changed()
-            with _decoder(job, variant, model, count) as decoder:
-                decoder.start(tokens[:, : job.beginning])
-                found.append([decoder.step(token).clone() for token in tokens[:, -CHECKED_STEPS:].unbind(1)])
-        for layer in model.layers:
-            (layer.module.kernels.packer,) = packers
-        model.schedule.weights_changed()
-        if not all(torch.equal(a, b) for a, b in zip(*found, strict=True)):
-            yield f"{job.shape} {variant}, {count} rows: logits of packed weights differ"
-
-
-@contextmanager
-def _decoder(job: Job, variant: str, model: "Model", count: int) -> "Iterator[Decoder]":
     from pipeline.decoding import decoding
 
-    with decoding(model, job.config(variant), num_rows=count) as decoder:
-        yield decoder
+    for count in job.rows:
+        tokens, found = _tokens(job, count), []
+        for pack in (True, False):
+            with decoding(model, job.config(variant), num_rows=count, pack=pack) as decoder:
+                decoder.start(tokens[:, : job.beginning])
+                found.append([decoder.step(token).clone() for token in tokens[:, -CHECKED_STEPS:].unbind(1)])
+        if not all(torch.equal(a, b) for a, b in zip(*found, strict=True)):
+            yield f"{job.shape} {variant}, {count} rows: logits of packed weights differ"
 
 
 def _tokens(job: Job, count: int) -> Tensor:
@@ -135,12 +120,15 @@ def _tokens(job: Job, count: int) -> Tensor:
 
 
 def _rows(job: Job, count: int, models: "dict[str, Model]") -> list[dict[str, str]]:
+    from pipeline.decoding import decoding
+
     tokens = _tokens(job, count)
     samples: dict[str, list[float]] = {variant: [] for variant in models}
     products: dict[str, float] = {}
     with ExitStack() as stack:
         decoders = {
-            variant: stack.enter_context(_decoder(job, variant, model, count)) for variant, model in models.items()
+            variant: stack.enter_context(decoding(model, job.config(variant), num_rows=count))
+            for variant, model in models.items()
         }
         for round_ in range(job.rounds + 1):
             for variant, decoder in decoders.items():

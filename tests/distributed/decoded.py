@@ -22,10 +22,11 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from pipeline.config import Config
-from pipeline.decoding import can_decode
+from pipeline.decoding import Decoder, can_decode, decoding
 from pipeline.learner import Learner
-from pipeline.next_token import CachedContext, WholeContext, next_token
+from pipeline.next_token import CachedContext, Predict, WholeContext, next_token
 from pipeline.world import current_world, initialize_layout
+from qsparse_layers.packed import packed_weights
 from tests.testing import TextWindows
 
 EOD = ord("\n")
@@ -36,8 +37,13 @@ LENGTHS = [1, 2, 3, 4, *range(25, 36), 5, 6, 3]
 def predictions(learner: Learner, text: list[int]) -> tuple[bool, Tensor]:
     """Whether there is a memory, and logits [texts, vocabulary]."""
     with next_token(learner, EOD) as predict:
-        found = [predict(text[:length]).float().clone() for length in LENGTHS]  # a graph writes to the same place
-        return isinstance(predict, CachedContext), torch.stack(found)
+        return isinstance(predict, CachedContext), logits(predict, text)
+
+
+def logits(predict: Predict, text: list[int]) -> Tensor:
+    """[texts, vocabulary]."""
+    found = [predict(text[:length]).float().clone() for length in LENGTHS]  # a graph writes to the same place
+    return torch.stack(found)
 
 
 def compare(config: Config) -> dict[str, Any]:
@@ -48,18 +54,35 @@ def compare(config: Config) -> dict[str, Any]:
         text = TextWindows(48).windows([3])[0].tolist()
         text[2] = text[28] = EOD
         whole = WholeContext(learner.engine, config.training.seq_length, learner.world.device)
-        expected = torch.stack([whole(text[:length]) for length in LENGTHS])
+        expected = logits(whole, text)
         remembers, found = predictions(learner, text)
         assert remembers == can_decode(config)
         distance = ((found - expected).norm(dim=1) / expected.norm(dim=1)).max().item()
-        packed = any(_is_packed(layer) for layer in learner.model.layers)
-        for layer in learner.model.layers:
-            layer.module.kernels.packer = None
-        learner.model.schedule.weights_changed()  # and so the packed ones are gone
-        equal = torch.equal(predictions(learner, text)[1], found)
-        return {"distance": distance, "remembers": remembers, "packed": packed, "equal": equal}
+        result = {"distance": distance, "remembers": remembers}
+        if remembers:
+            with decoding(learner.model, config, pack=False) as decoder:
+                eod_id = EOD if learner.engine.inputs.by_document else None
+                plain = CachedContext(decoder, learner.world.device, eod_id)
+                result["equal"] = torch.equal(logits(plain, text), found)
+                result["refused"] = refusals(decoder, torch.tensor([text], device=learner.world.device))
+            with packed_weights((layer.module for layer in learner.model.layers), 1):
+                result["packed"] = any(_is_packed(layer) for layer in learner.model.layers)
+            assert not any(_is_packed(layer) for layer in learner.model.layers)
+        return result
     finally:
         parallel_state.destroy_model_parallel()
+
+
+def refusals(decoder: Decoder, tokens: Tensor) -> list[str]:
+    """What a decoder says about more tokens than it remembers."""
+    decoder.start(tokens[:, :32])
+    found = []
+    for call in (lambda: decoder.step(tokens[0, :1]), lambda: decoder.start(tokens)):
+        try:
+            call()
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 def _is_packed(layer: Any) -> bool:

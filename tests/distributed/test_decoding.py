@@ -52,4 +52,6 @@ def test_a_memory_changes_no_prediction(nproc: int, name: str) -> None:
     result = found(nproc)[name]
     assert result["distance"] < (0.02 if name == "bf16" else 1e-6)
     assert result["remembers"] == (name not in WITHOUT_MEMORY)
-    assert result["equal"]
+    assert result["remembers"] == result.get("equal", False)
+    full = ["the memory holds 32 tokens and is full", "texts of 49 tokens, the memory holds 32"]
+    assert result.get("refused", full) == full
