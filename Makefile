@@ -30,10 +30,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 env: $(STAMP)
 
-# pip gets its own retries: a registry's hiccup should not fail a first `make train`.
+# pip gets its own retries: a registry's hiccup should not fail a first `make train`.  What is imported is compiled then;
+# compiling all that is installed takes a minute more.
 $(STAMP): pyproject.toml constraints.txt
 	@PYTHON="$(PYTHON)" bash .ci/make-venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --retries 10 --no-compile -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 train: env

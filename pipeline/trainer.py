@@ -17,7 +17,7 @@ from pipeline.device_memory import explained
 from pipeline.expert_load import ExpertLoadMeter
 from pipeline.generate import generate
 from pipeline.learner import Learner, StepResult
-from pipeline.next_token import next_token
+from pipeline.next_token import WholeContext
 from pipeline.profiling import Profiler
 from pipeline.reporter import Reporter
 from pipeline.run_directory import RunDirectory
@@ -143,10 +143,10 @@ class Trainer:
         sample = ""
         self.watchdog.beat("end", step)
         if self.config.training.sample_tokens:
+            device = self.world.device
+            predict = WholeContext(self.learner.engine, self.config.training.seq_length, device)  # compiles nothing new
             tokenizer = load_tokenizer(self.data.tokenizer_path)
-            with next_token(self.learner, tokenizer.eod_id) as predict:
-                count, device = self.config.training.sample_tokens, self.world.device
-                sample = generate(predict, tokenizer, SAMPLE_PROMPT, count, device=device)
+            sample = generate(predict, tokenizer, SAMPLE_PROMPT, self.config.training.sample_tokens, device=device)
         self.reporter.completed(step, loss, sample)
 
     def _load(self, start: StartingPoint) -> None:

@@ -96,10 +96,10 @@ def test_every_number_of_tokens(num_tokens: int, device: str) -> None:
         assert torch.equal(found, case.expected), layout
 
 
-@pytest.mark.parametrize(("code", "weight"), [(-128, 1), (-128, -1), (127, 1), (127, -1)])
-def test_largest_sums_leave_the_count_of_arrivals_alone(code: int, weight: int, device: str) -> None:
-    """Partial sums of the extreme codes, the most splits that fit, signs that differ between neighbours."""
-    codes_TD = torch.full((1, 256), code, dtype=torch.int8, device=device)
+@pytest.mark.parametrize("weight", [1, -1])
+def test_largest_sums_leave_the_count_of_arrivals_alone(weight: int, device: str) -> None:
+    """Partial sums of the extreme code, the most splits that fit, signs that differ between neighbours."""
+    codes_TD = torch.full((1, 256), -128, dtype=torch.int8, device=device)
     ternary_OD = torch.full((256, 256), weight, dtype=torch.int8, device=device)
     ternary_OD[::2] = -weight
     ternary_OD[128:] *= -1
