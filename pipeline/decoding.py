@@ -17,13 +17,11 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.model import Model, unwrap, uses_triton
-from qsparse_layers.kv_cache import Place, remembering
+from qsparse_layers.kv_cache import Attend, Place, remembering
 from qsparse_layers.packed import packed_weights
 
 EAGER_STEPS = 2
 """Before a capture: kernels are compiled, buffers of libraries allocated."""
-MAX_HEAD_SIZE = 256
-"""Of the attention kernel."""
 
 
 def can_decode(config: Config) -> bool:
@@ -137,9 +135,14 @@ def decoding(model: Model, config: Config, *, num_rows: int = 1, pack: bool = Tr
         model.schedule.weights_changed()  # from here on layers keep their codes
     place = Place(config.training.seq_length, device)
     use_graph = device.type == "cuda" and torch.distributed.get_world_size() == 1 and config.model.moe is None
-    attend = None
-    if uses_triton(config) and config.training.precision == "bf16" and config.model.head_size <= MAX_HEAD_SIZE:
-        attend = importlib.import_module("kernels.decode_attention").attend
     packed = packed_weights((layer.module for layer in model.layers), num_rows) if pack else nullcontext()
-    with packed, remembering(gpt, num_rows, place, attend):
+    with packed, remembering(gpt, num_rows, place, _attention_kernel(config)):
         yield Decoder(gpt, place, use_graph=use_graph)
+
+
+def _attention_kernel(config: Config) -> Attend | None:
+    if not uses_triton(config) or config.training.precision != "bf16":
+        return None
+    kernel = importlib.import_module("kernels.decode_attention")  # needs Triton
+    attend: Attend = kernel.attend
+    return attend if config.model.head_size <= kernel.MAX_FEATURES else None

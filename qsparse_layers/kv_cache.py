@@ -4,8 +4,8 @@
 it stays the layer's own: projections, rotary embedding (given the rows of its table that belong to the tokens) and
 tensor parallelism, which makes the memory a rank's own heads.
 
-Where the next token goes is a tensor, and a step always looks at the whole memory through a mask: the same launches on
-the same addresses at every position, which a CUDA graph can repeat.
+Where the next token goes is a tensor, so a step is the same launches on the same addresses at every position, which a
+CUDA graph can repeat: the kernel reads up to that position, PyTorch's attention all of the memory through a mask.
 
 Shapes: b rows, s tokens, M positions, h heads, g key/value heads, d features of a head.
 """
