@@ -13,7 +13,7 @@ from rich.console import Console
 
 from pipeline.bench.generate_worker import SHAPES, VARIANTS, Job
 from pipeline.bench.machine import machine_lines
-from pipeline.bench.options import add_result_options, amount, bench_parser, check_drawable, count
+from pipeline.bench.options import add_result_options, amount, bench_parser, check_drawable, check_gpus, count
 from pipeline.bench.results import Row, extend_csv, markdown_table, publish, read_csv, source
 from pipeline.bench.train_ranks import Ranks
 
@@ -38,11 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_result_options(parser, Path("runs/bench/generate"))
     options = parser.parse_args(arguments)
     check_drawable(parser, options, "generate")
-    if not options.draw and options.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            parser.error("needs a CUDA GPU, and there is none here (--device cpu --shapes tiny runs anywhere)")
+    check_gpus(parser, options)
     console = Console(soft_wrap=True)
     failed = False if options.draw else _measure(options, console)
     if (options.output / "generate.csv").is_file():

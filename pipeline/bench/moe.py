@@ -23,7 +23,7 @@ from rich.console import Console
 
 from pipeline.bench.machine import machine_lines
 from pipeline.bench.moe_worker import BOUNDS, SHAPES, Job
-from pipeline.bench.options import add_result_options, bench_parser, check_drawable, count
+from pipeline.bench.options import add_result_options, bench_parser, check_drawable, check_gpus, count
 from pipeline.bench.results import Row, extend_csv, markdown_table, publish, read_csv, source
 
 BASELINE = "torch._grouped_mm"
@@ -45,11 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for layer in options.layers:
         if layer not in SHAPES:
             parser.error(f"--layers {layer!r}: expected some of {'; '.join(SHAPES)}")
-    if not options.draw and options.device == "cuda":
-        import torch
-
-        if (found := torch.cuda.device_count()) < options.gpus:
-            parser.error(f"--gpus {options.gpus}: found {found} CUDA GPUs (--device cpu --layers tiny runs anywhere)")
+    check_gpus(parser, options, options.gpus, "gpus", tiny="layers")
     console = Console(soft_wrap=True)
     failed = False if options.draw else _measure(options, console)
     if (options.output / "moe.csv").is_file():

@@ -46,6 +46,27 @@ def add_result_options(parser: argparse.ArgumentParser, folder: Path) -> None:
     add("--commit", metavar="TEXT", help="commit of the code, for a copy that git does not know")
 
 
+def check_gpus(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, needed: int = 1, asked: str = "", tiny: str = "shapes"
+) -> None:
+    """End with an error if something is to be measured on more GPUs than there are.
+
+    Args:
+        parser: of the options.
+        options: --draw and --device among them.
+        needed: GPUs.
+        asked: the option that asks for so many.
+        tiny: the option whose value `tiny` a CPU can measure.
+    """
+    import torch
+
+    if options.draw or options.device == "cpu" or (found := torch.cuda.device_count()) >= needed:
+        return
+    what = "a CUDA GPU" if needed == 1 else f"{needed} CUDA GPUs"
+    asked = f"--{asked}: " if asked else ""
+    parser.error(f"{asked}needs {what}, found {found or 'none'} (--device cpu --{tiny} tiny runs anywhere)")
+
+
 def check_drawable(parser: argparse.ArgumentParser, options: argparse.Namespace, *names: str) -> None:
     """End with an error if FOLDER has none of the CSV files `names` that are to be drawn."""
     if options.draw and not any((options.output / f"{name}.csv").is_file() for name in names):

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from pipeline.bench.kernels.drawing import COLORS, panels, save, unique
 from pipeline.bench.machine import machine_lines
-from pipeline.bench.options import check_drawable, count
+from pipeline.bench.options import check_drawable, check_gpus, count
 from pipeline.bench.results import Row, extend_csv, markdown_table, publish, read_csv, source
 from pipeline.bench.train_options import missing, parse, training_parser
 from pipeline.bench.train_ranks import Result, measure_all
@@ -47,14 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parse(parser, arguments)
     check_drawable(parser, options, "scaling")
+    check_gpus(parser, options, max(math.prod(sizes) for sizes in options.layouts), "layouts")
     console = Console(soft_wrap=True)
     if options.draw:
         return _draw(options.output, console)
-    import torch
-
-    needed, found = max(math.prod(sizes) for sizes in options.layouts), torch.cuda.device_count()
-    if options.device == "cuda" and found < needed:
-        parser.error(f"--layouts: needs {needed} CUDA GPUs, found {found} (--device cpu --shapes tiny runs anywhere)")
     failed = _measure(options, console)
     _draw(options.output, console)
     return 1 if failed else 0

@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from pipeline.bench.machine import machine_lines
-from pipeline.bench.options import check_drawable, count
+from pipeline.bench.options import check_drawable, check_gpus, count
 from pipeline.bench.results import extend_csv, publish, read_csv, source
 from pipeline.bench.train_categories import ACTIVATIONS
 from pipeline.bench.train_options import missing, parse, training_parser
@@ -53,13 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parse(parser, arguments)
     check_drawable(parser, options, "train")
+    check_gpus(parser, options)
     console = Console(soft_wrap=True)
     if options.draw:
         return _draw(options.output, console)
-    import torch
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("needs a CUDA GPU, and there is none here (--device cpu --shapes tiny runs anywhere)")
     failed = _measure(options, console)
     _draw(options.output, console)
     return 1 if failed else 0

@@ -4,6 +4,7 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 
 NUMBERS = [
     ("data", "--rounds=0", "argument --rounds: '0': a whole number of at least 1 is expected"),
@@ -37,3 +38,17 @@ def test_nothing_to_draw(name: str, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_unknown_curves(capsys: pytest.CaptureFixture[str]) -> None:
     told = refused("trajectories", ["--data=x", "--curves", "exact", "exakt"], capsys)
     assert "--curves exakt: expected some of reference; " in told
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has what is missed here")
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("train", "needs a CUDA GPU, found none (--device cpu --shapes tiny runs anywhere)"),
+        ("generate", "needs a CUDA GPU, found none (--device cpu --shapes tiny runs anywhere)"),
+        ("scaling", "--layouts: needs 2 CUDA GPUs, found none (--device cpu --shapes tiny runs anywhere)"),
+        ("moe", "--gpus: needs a CUDA GPU, found none (--device cpu --layers tiny runs anywhere)"),
+    ],
+)
+def test_missing_gpus(name: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert told in refused(name, [], capsys)

@@ -47,7 +47,7 @@ def test_what_cannot_be_measured_is_named(tmp_path):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
 def test_bad_requests_are_told():
     assert "'pp=2': expected sizes of dp and tp, such as dp=2" in bench_scaling("--layouts", "pp=2").stderr
-    assert "--layouts: needs 8 CUDA GPUs, found 0" in bench_scaling("--layouts", "dp=4,tp=2").stderr
+    assert "--layouts: needs 8 CUDA GPUs, found none" in bench_scaling("--layouts", "dp=4,tp=2").stderr
     assert "--variants sparse: expected some of dense, te-bf16" in bench_scaling("--variants", "sparse").stderr
 
 
