@@ -1,6 +1,7 @@
 """Real MLflow stores for the tests: runs in scratch folders, what a store holds, a server that can be killed."""
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -80,9 +81,7 @@ class Server:
     """`mlflow server` over an SQLite file on a free port of 127.0.0.1; `kill` leaves it no time to finish anything."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = _quiet_port()
         self.uri = f"http://127.0.0.1:{self.port}"
         self.store = f"sqlite:///{folder / 'server.db'}"
         self.artifacts = folder / "artifacts"
@@ -110,8 +109,10 @@ class Server:
                 urllib.request.urlopen(f"{self.uri}/health", timeout=2).close()
                 return
             except (urllib.error.URLError, OSError):
-                if time.monotonic() > deadline:
-                    raise
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    code = self._process.poll()
+                    self.kill()
+                    raise AssertionError(f"no answer from mlflow server, exit code {code}") from None
                 time.sleep(0.2)
 
     @property
@@ -122,9 +123,19 @@ class Server:
     def kill(self) -> None:
         """SIGKILL the server and its workers; does nothing if it is not running."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+def _quiet_port() -> int:
+    """A port that nobody listens on now nor gets by asking for any: it stays free while a server starts, or is away."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 30_000)  # below Linux's ip_local_port_range
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Proxy:
