@@ -17,11 +17,9 @@ from torch import Tensor
 
 from pipeline.config import Config
 from pipeline.model import Model, unwrap, uses_triton
+from pipeline.step_graph import EAGER_STEPS
 from qsparse_layers.kv_cache import Attend, Place, remembering
 from qsparse_layers.packed import packed_weights
-
-EAGER_STEPS = 2
-"""Before a capture: kernels are compiled, buffers of libraries allocated."""
 
 
 def can_decode(config: Config) -> bool:

@@ -34,22 +34,19 @@ class Place:
         self._positions = torch.arange(num_positions, device=device)[None]
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         """Of the token in progress, [1]."""
-        self.visible = torch.empty(1, num_positions, dtype=torch.bool, device=device)
-        """Positions that this token sees, [1, M]."""
-        self.move_to(0)
 
     def move_to(self, position: int) -> None:
         """The next token is that of `position`."""
         self.position.fill_(position)
-        self._look()
 
     def advance(self) -> None:
         """The next token follows this one; in place."""
         self.position.add_(1)
-        self._look()
 
-    def _look(self) -> None:
-        torch.le(self._positions, self.position, out=self.visible)
+    @property
+    def visible(self) -> Tensor:
+        """Which positions this token sees, bool [1, M]."""
+        return self._positions <= self.position
 
 
 Attend = Callable[..., Tensor]

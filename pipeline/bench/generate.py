@@ -12,9 +12,10 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline.bench.generate_worker import SHAPES, VARIANTS, Job
+from pipeline.bench.kernels.drawing import COLORS, panels, save, unique
 from pipeline.bench.machine import machine_lines
 from pipeline.bench.options import add_result_options, amount, bench_parser, check_drawable, check_gpus, count
-from pipeline.bench.results import Row, extend_csv, markdown_table, publish, read_csv, source
+from pipeline.bench.results import Row, extend_csv, markdown_table, publish_table, read_csv
 from pipeline.bench.train_ranks import Ranks
 
 WORKER = "pipeline.bench.generate_worker"
@@ -64,33 +65,25 @@ def _measure(options: argparse.Namespace, console: Console) -> bool:
 
 
 def _draw(folder: Path, console: Console) -> None:
-    from matplotlib.figure import Figure
-
     results = read_csv(folder / "generate.csv")
-    shapes = list(dict.fromkeys(row["shape"] for row in results.rows))
-    figure = Figure(figsize=(4.5 * len(shapes), 3.2), layout="constrained")
-    for shape, axes in zip(shapes, figure.subplots(1, len(shapes), squeeze=False)[0], strict=True):
-        counts = list(dict.fromkeys(row["rows"] for row in results.rows if row["shape"] == shape))
-        for place, (variant, color) in enumerate(zip(VARIANTS, ("#6b6b6b", "#c1440e", "#0b6e4f"), strict=True)):
-            times = {row["rows"]: float(row["ms"]) for row in results.rows if _is(row, shape, variant)}
-            floors = {row["rows"]: float(row["floor_ms"]) for row in results.rows if _is(row, shape, variant)}
-            at = [number + 0.27 * (place - 1) for number in range(len(counts))]
-            axes.bar(at, [times[count] for count in counts], 0.25, label=variant, color=color)
-            axes.hlines([floors[count] for count in counts], [x - 0.12 for x in at], [x + 0.12 for x in at], "black")
+    shapes = unique(results.rows, "shape")
+    figure, all_axes = panels(len(shapes), width=4.5, height=3.2)
+    for shape, axes in zip(shapes, all_axes, strict=True):
+        here = [row for row in results.rows if row["shape"] == shape]
+        counts = unique(here, "rows")
+        for place, (variant, color) in enumerate(zip(VARIANTS, COLORS, strict=False)):
+            mine = [row for row in here if row["variant"] == variant]
+            at = [counts.index(row["rows"]) + 0.27 * (place - 1) for row in mine]
+            axes.bar(at, [float(row["ms"]) for row in mine], 0.25, label=variant, color=color)
+            floors = [float(row["floor_ms"]) for row in mine]
+            axes.hlines(floors, [x - 0.12 for x in at], [x + 0.12 for x in at], "black")
         axes.set(title=f"{shape} (line: a copy of its bytes)", xlabel="texts at once", ylabel="ms per token")
         axes.set_xticks(range(len(counts)), counts)
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(VARIANTS), frameon=False)
-    figure.savefig(folder / "generate.png", dpi=150)
-    table = _table(results.rows)
-    console.print(table, markup=False, highlight=False)
-    picture = f"![{TITLE}]({folder.name}/generate.png)"
-    fragment = "\n\n".join([f"{TITLE}.", table, picture, source(results.head, folder, "generate")])
-    publish(folder, {"generate": fragment}, console)
-
-
-def _is(row: Row, shape: str, variant: str) -> bool:
-    return (row["shape"], row["variant"]) == (shape, variant)
+    save(figure, folder / "generate.png")
+    shown = {"title": TITLE, "table": _table(results.rows), "picture": TITLE}
+    publish_table(folder, "generate", **shown, head=results.head, console=console)
 
 
 def _table(rows: Sequence[Row]) -> str:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from pipeline.bench.kernels.timing import Rates
+from pipeline.bench.kernels.timing import Rates, quartiles, synchronize
 from pipeline.bench.train_categories import category
 from pipeline.bench.train_variants import SHAPES as TRAINED
 from pipeline.bench.train_variants import VARIANTS as TRAININGS
@@ -142,7 +142,7 @@ def _rows(job: Job, count: int, models: "dict[str, Model]") -> list[dict[str, st
     rate = Rates(job.device, 8192 if job.device == "cuda" else 256).bytes_per_us
     found = []
     for variant, milliseconds in samples.items():
-        low, median, high = _quartiles(milliseconds)
+        low, median, high = quartiles(milliseconds)
         found.append(
             {
                 "shape": job.shape,
@@ -162,27 +162,22 @@ def _rows(job: Job, count: int, models: "dict[str, Model]") -> list[dict[str, st
 
 def _timed(job: Job, decoder: "Decoder", tokens: Tensor) -> float:
     """Seconds that the tokens after the beginning take."""
-    _synchronize(job)
+    synchronize()
     begin = time.perf_counter()
     for token in tokens[:, job.beginning :].unbind(1):
         decoder.step(token)
-    _synchronize(job)
+    synchronize()
     return time.perf_counter() - begin
-
-
-def _synchronize(job: Job) -> None:
-    if job.device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _products_ms(job: Job, decoder: "Decoder", tokens: Tensor) -> float:
     """Milliseconds of one step in matrix products."""
     decoder.start(tokens[:, : job.beginning])
-    _synchronize(job)
+    synchronize()
     on_gpu = job.device == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as profiler:
         decoder.step(tokens[:, -1])
-        _synchronize(job)
+        synchronize()
     events: Any = profiler.events()
     spent = [event.device_time if on_gpu else event.self_cpu_time_total for event in events if _is_product(event.name)]
     return sum(spent) / 1e3
@@ -190,10 +185,6 @@ def _products_ms(job: Job, decoder: "Decoder", tokens: Tensor) -> float:
 
 def _is_product(name: str) -> bool:
     return category(name) == "GEMM"
-
-
-def _quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
 
 
 def _bytes_read(job: Job, variant: str, model: "Model", count: int) -> float:

@@ -24,7 +24,7 @@ from rich.console import Console
 from pipeline.bench.machine import machine_lines
 from pipeline.bench.moe_worker import BOUNDS, SHAPES, Job
 from pipeline.bench.options import add_result_options, bench_parser, check_drawable, check_gpus, count
-from pipeline.bench.results import Row, extend_csv, markdown_table, publish, read_csv, source
+from pipeline.bench.results import Row, extend_csv, markdown_table, publish_table, read_csv
 
 BASELINE = "torch._grouped_mm"
 COLUMNS = ("layer", "gpus", "variant", "ms", "q25_ms", "q75_ms", "tokens_per_s_per_gpu", "step_gib", "timed", "speedup")
@@ -127,11 +127,8 @@ def _draw(folder: Path, console: Console) -> None:
             axes.invert_yaxis()
             axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(folder / "moe.png", dpi=150)
-    table = _table(results.rows)
-    console.print(table, markup=False, highlight=False)
-    picture = f"![One MoE layer]({folder.name}/moe.png)"
-    fragment = "\n\n".join([f"{TITLE}.", table, picture, source(results.head, folder, "moe")])
-    publish(folder, {"moe": fragment}, console)
+    shown = {"title": TITLE, "table": _table(results.rows), "picture": "One MoE layer"}
+    publish_table(folder, "moe", **shown, head=results.head, console=console)
 
 
 def _table(rows: Sequence[Row]) -> str:

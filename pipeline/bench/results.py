@@ -91,6 +91,25 @@ def publish(folder: Path, fragments: Mapping[str, str], console: Console) -> Non
         console.print(f"{page} has no place for '{name}': <!-- bench: {name} --> and <!-- end -->", markup=False)
 
 
+def publish_table(
+    folder: Path, name: str, *, title: str, table: str, picture: str, head: Sequence[str], console: Console
+) -> None:
+    """Show the table of a benchmark that has one, and put it with its picture on the page of `folder`.
+
+    Args:
+        folder: of `name`.csv and `name`.png.
+        name: of the benchmark.
+        title: above the table.
+        table: Markdown.
+        picture: what the picture shows.
+        head: where the numbers were measured.
+        console: to show the table on.
+    """
+    console.print(table, markup=False, highlight=False)
+    drawn = f"![{picture}]({folder.name}/{name}.png)"
+    publish(folder, {name: "\n\n".join([f"{title}.", table, drawn, source(head, folder, name)])}, console)
+
+
 def update_page(page: Path, fragments: Mapping[str, str]) -> list[str]:
     """Put each fragment between the comments that name it.
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from pipeline.bench.kernels.drawing import COLORS, panels, save, unique
 from pipeline.bench.machine import machine_lines
 from pipeline.bench.options import check_drawable, check_gpus, count
-from pipeline.bench.results import Row, extend_csv, markdown_table, publish, read_csv, source
+from pipeline.bench.results import Row, extend_csv, markdown_table, publish_table, read_csv
 from pipeline.bench.train_options import missing, parse, training_parser
 from pipeline.bench.train_ranks import Result, measure_all
 from pipeline.bench.train_variants import SHAPES, VARIANTS, Order, layout_name
@@ -158,10 +158,7 @@ def _draw(folder: Path, console: Console) -> int:
     head, rows = read_csv(folder / "scaling.csv")
     _figure(rows, folder / "scaling.png")
     table = scaling_table(rows)
-    console.print(table, markup=False, highlight=False)
-    picture = f"![{TITLE}]({folder.name}/scaling.png)"
-    fragment = "\n\n".join([f"{TITLE}.", table, picture, source(head, folder, "scaling")])
-    publish(folder, {"scaling": fragment}, console)
+    publish_table(folder, "scaling", title=TITLE, table=table, picture=TITLE, head=head, console=console)
     return 0
 
 

@@ -1,7 +1,6 @@
 """Time, memory, loss and breakdown of a few optimizer steps of a `Learner`."""
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from pipeline.bench.kernels.timing import quartiles
 from pipeline.bench.overlap import overlap
 from pipeline.bench.train_categories import CATEGORIES, COMMUNICATION, OTHER, category
 from pipeline.bench.train_memory import memory_by_category
@@ -161,7 +161,7 @@ def _communication(profiler: profile, *, on_gpu: bool) -> Sequence[float] | None
 
 
 def _numbers(order: Order, config: Config, seconds: Sequence[float], world: World) -> dict[str, Any]:
-    low, median, high = statistics.quantiles(list(seconds) * (3 if len(seconds) == 1 else 1), n=4, method="inclusive")
+    low, median, high = quartiles(seconds)
     tokens = config.training.global_batch_size * config.training.seq_length / order.gpus
     flops = flops_per_token(config, SHAPES[order.shape].vocab_size)
     peak = peak_flops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None

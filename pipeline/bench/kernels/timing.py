@@ -76,15 +76,18 @@ def measure(
 
 
 def _timing(samples: list[float], how: Literal["graph", "calls"]) -> Timing:
-    if len(samples) == 1:
-        return Timing(samples[0], samples[0], samples[0], how)
-    low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
+    low, median, high = quartiles(samples)
     return Timing(median, low, high, how)
+
+
+def quartiles(samples: Sequence[float]) -> list[float]:
+    """Lower quartile, median, upper quartile; of one sample it alone."""
+    return statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else 3 * list(samples)
 
 
 def _prepare(variant: Variant, fill_us: float, stream: torch.cuda.Stream | None, graphs: bool) -> _Prepared:
     calls = list(variant) if isinstance(variant, Sequence) else [variant]
-    _synchronize()
+    synchronize()
 
     def once() -> None:
         for call in calls:
@@ -114,7 +117,7 @@ def _prepare(variant: Variant, fill_us: float, stream: torch.cuda.Stream | None,
 def _record(run: Call, stream: torch.cuda.Stream | None) -> torch.cuda.CUDAGraph | None:
     if stream is None:
         return None
-    _synchronize()
+    synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=stream):
@@ -145,11 +148,11 @@ def runnable(
     found, absent = {}, {}
     for name, variant in variants.items():
         first = variant[0] if isinstance(variant, Sequence) else variant
-        _synchronize()
+        synchronize()
         try:
             with torch.cuda.stream(stream):
                 first()
-            _synchronize()
+            synchronize()
         except Exception as error:  # other people's code: whatever it raises is the reason why it is absent
             absent[name] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"
         else:
@@ -157,7 +160,8 @@ def runnable(
     return found, absent
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
